@@ -1,0 +1,220 @@
+"""The shape of a run: one attrs class per section of the TOML.
+
+Sections that a plugin provides (`model`, `losses.rl`, ...) are typed here by an empty base class; the provider's own
+`config` class, a subclass, structures them once a `type` has chosen it. Every field has a default unless a run without
+it makes no sense. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+from attrs import validators
+
+from prl.providers import option
+
+positive = validators.gt(0)
+not_negative = validators.ge(0)
+
+
+# --- bases of the sections that plugins provide -----------------------------------------------------------------------
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """Base of `[model]` sections."""
+
+
+@attrs.frozen(kw_only=True)
+class EnvironmentConfig:
+    """Base of `[[environments]]` sections."""
+
+    name: str = option("", help="name in metrics and records; by default the type")
+    weight: float = option(1.0, help="share of training tasks drawn from this environment", validator=not_negative)
+
+
+@attrs.frozen(kw_only=True)
+class SchedulerConfig:
+    """Base of `[scheduler]` sections."""
+
+
+@attrs.frozen(kw_only=True)
+class AdvantageConfig:
+    """Base of `[advantage]` sections."""
+
+
+@attrs.frozen(kw_only=True)
+class LossConfig:
+    """Base of `[losses.rl]`, `[losses.ce]` and `[losses.ref_kl]` sections."""
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerConfig:
+    """Base of `[optimizer]` sections."""
+
+    learning_rate: float = option(1e-6, help="peak learning rate of the rl phase", validator=positive)
+
+
+@attrs.frozen(kw_only=True)
+class QuantizationConfig:
+    """Base of `[quantization]` sections."""
+
+
+@attrs.frozen(kw_only=True)
+class EngineConfig:
+    """Base of `[engine]` sections."""
+
+    count: int = option(1, help="number of engines", validator=positive)
+    host: str = option("127.0.0.1", help="address engines bind to")
+
+
+@attrs.frozen(kw_only=True)
+class WeightTransportConfig:
+    """Base of `[weights]` sections."""
+
+    deadline: float = option(
+        60.0, help="seconds an engine has for prepare or commit, on top of 1 s per 100 MB", validator=positive
+    )
+
+
+@attrs.frozen(kw_only=True)
+class TrackerConfig:
+    """Base of `[[trackers]]` sections."""
+
+
+@attrs.frozen(kw_only=True)
+class LauncherConfig:
+    """Base of `[launcher]` sections."""
+
+
+# --- core's own sections ----------------------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True)
+class RunSection:
+    """`[run]`: what this run is called and how long it goes."""
+
+    steps: int = option(help="optimizer steps of the rl phase", validator=not_negative)
+    dir: str = option("", help="run directory; by default runs/<config name>-<date>-<time>")
+    seed: int = option(0, help="seeds task order, sampling and initial weights", validator=not_negative)
+
+
+@attrs.frozen(kw_only=True)
+class TokenizerSection:
+    """`[tokenizer]`: exactly one of `file` and `characters`."""
+
+    file: str = option("", help="path of a Hugging Face tokenizer.json")
+    characters: str = option("", help="alphabet of a character tokenizer; specials come from the model's chat format")
+
+
+@attrs.frozen(kw_only=True)
+class RolloutSection:
+    """`[rollouts]`: how much is generated for a step."""
+
+    groups_per_step: int = option(8, help="groups (tasks) per optimizer step", validator=positive)
+    group_size: int = option(8, help="rollouts per group", validator=positive)
+    temperature: float = option(1.0, help="sampling temperature of training rollouts", validator=positive)
+    max_tokens: int = option(256, help="most tokens of one assistant turn", validator=positive)
+    min_tokens: int = option(0, help="fewest tokens of one assistant turn", validator=not_negative)
+    sequence_length: int = option(2048, help="most tokens of a whole rollout, prompt included", validator=positive)
+    workers: int = option(1, help="environment worker processes", validator=positive)
+    timeout: float = option(600.0, help="seconds a group may take before it fails and is tried again", validator=positive)
+    retries: int = option(3, help="times a task is issued again after a cut or a failure", validator=not_negative)
+    keep: bool = option(True, help="write every trained rollout to rollouts.jsonl")
+
+
+@attrs.frozen(kw_only=True)
+class WarmupSection:
+    """`[warmup]`: supervised steps on the environments' demonstrations, through the ce stream, before rl."""
+
+    steps: int = option(0, help="supervised steps before the first rollout", validator=not_negative)
+    samples_per_step: int = option(64, help="demonstrations per step", validator=positive)
+    learning_rate: float = option(1e-3, help="peak learning rate of the warm-up", validator=positive)
+
+
+@attrs.frozen(kw_only=True)
+class LossesSection:
+    """`[losses]`: one loss per stream; a stream without one must stay empty."""
+
+    rl: LossConfig = option(help="loss of the rl stream")
+    ce: LossConfig | None = option(None, help="loss of the ce stream (warm-up)")
+    ref_kl: LossConfig | None = option(None, help="loss of the ref_kl stream")
+
+
+@attrs.frozen(kw_only=True)
+class ScheduleSection:
+    """`[schedule]`: the learning rate over a phase's steps."""
+
+    type: Literal["constant", "cosine"] = option("constant", help="shape after the warm-up")
+    warmup_steps: int = option(0, help="steps of linear rise from 0", validator=not_negative)
+    final: float = option(0.0, help="last learning rate of cosine, as a share of the peak", validator=not_negative)
+
+
+@attrs.frozen(kw_only=True)
+class TrainerSection:
+    """`[trainer]`: the processes that train."""
+
+    ranks: int = option(1, help="trainer processes (FSDP2 shards over them)", validator=positive)
+    threads: int = option(1, help="CPU threads of each rank", validator=positive)
+    micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
+    logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)
+    max_grad_norm: float = option(1.0, help="gradients are clipped to this global norm", validator=positive)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
+    initial_weights: str = option("", help="folder with Hugging Face safetensors to start from; empty: random")
+
+
+@attrs.frozen(kw_only=True)
+class EvaluationSection:
+    """`[evaluation]`: held-out tasks, interleaved with training on the same engines."""
+
+    every: int = option(0, help="steps between evaluations; 0: never (also runs before the first and after the last)")
+    tasks: int = option(128, help="held-out tasks per environment", validator=positive)
+    temperature: float = option(0.0, help="0 is greedy", validator=not_negative)
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointSection:
+    """`[checkpoints]`: what a run can continue from."""
+
+    every: int = option(0, help="steps between checkpoints; 0: only at the end", validator=not_negative)
+    keep_last: int = option(2, help="older checkpoints are removed; 0 keeps all", validator=not_negative)
+    resume: str = option("", help="checkpoint folder to start from")
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """A whole run, composed and checked."""
+
+    plugins: tuple[str, ...] = option(help="what may be used, in the order in which hooks are called")
+    run: RunSection = option(help="name, length, seed")
+    model: ModelConfig = option(help="what is trained")
+    tokenizer: TokenizerSection = option(help="text to tokens")
+    environments: tuple[EnvironmentConfig, ...] = option(help="what it is trained on", validator=validators.min_len(1))
+    rollouts: RolloutSection = option(attrs.Factory(RolloutSection), help="generation")
+    scheduler: SchedulerConfig = option(help="what runs next, what is fresh enough")
+    advantage: AdvantageConfig = option(help="rewards to credit")
+    losses: LossesSection = option(help="one loss per stream")
+    optimizer: OptimizerConfig = option(help="how parameters move")
+    schedule: ScheduleSection = option(attrs.Factory(ScheduleSection), help="learning rate over time")
+    warmup: WarmupSection = option(attrs.Factory(WarmupSection), help="supervised start")
+    trainer: TrainerSection = option(attrs.Factory(TrainerSection), help="trainer processes")
+    quantization: QuantizationConfig = option(help="number formats")
+    engine: EngineConfig = option(help="inference")
+    weights: WeightTransportConfig = option(help="how weights reach the engines")
+    evaluation: EvaluationSection = option(attrs.Factory(EvaluationSection), help="held-out tasks")
+    checkpoints: CheckpointSection = option(attrs.Factory(CheckpointSection), help="what to continue from")
+    trackers: tuple[TrackerConfig, ...] = option((), help="where metrics are shown")
+    launcher: LauncherConfig = option(help="where processes run")
+
+
+SECTION_KINDS: dict[type, str] = {
+    ModelConfig: "model",
+    EnvironmentConfig: "environment",
+    SchedulerConfig: "scheduler",
+    AdvantageConfig: "advantage",
+    LossConfig: "loss",
+    OptimizerConfig: "optimizer",
+    QuantizationConfig: "quantization",
+    EngineConfig: "engine",
+    WeightTransportConfig: "weight_transport",
+    TrackerConfig: "tracker",
+    LauncherConfig: "launcher",
+}
+"""Base class of a section -> the kind of provider that structures it."""

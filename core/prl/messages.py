@@ -1,0 +1,149 @@
+"""What the controller and its workers say to each other, one attrs class per message.
+
+Every worker (environment worker, engine, trainer rank) opens one connection to the controller's hub and says `Hello`.
+Large columns travel as raw buffers beside a small header (see `wire.py`). A message of the wrong shape is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import attrs
+
+from prl.types import Batch, Group, Manifest, Sample, Sampling, TaskRef
+
+Role: TypeAlias = Literal["environment", "engine", "trainer"]
+
+
+# --- any worker -> controller -----------------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True)
+class Hello:
+    """First message of a worker.
+
+    `sizes` (environment workers): `{"<environment>/<split>": number of tasks}`. `url` (engines): where its HTTP server
+    listens. `world_size` and `version` (trainer ranks): ranks in all, and the policy version they hold.
+    """
+
+    role: Role
+    index: int
+    pid: int
+    host: str
+    sizes: Mapping[str, int] = attrs.field(factory=dict)
+    url: str = ""
+    world_size: int = 1
+    version: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Failed:
+    """The worker cannot go on (or could not do `request`); the sentence says why. `fatal` ends the run."""
+
+    error: str
+    request: int = -1
+    fatal: bool = False
+
+
+# --- controller <-> environment worker --------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True)
+class RunGroup:
+    """Roll out one task `size` times on one engine."""
+
+    request: int
+    group_id: int
+    task: TaskRef
+    attempt: int
+    size: int
+    sampling: Sampling
+    engine: str
+    """URL of the engine: siblings and turns stay on one, for its prefix cache."""
+    version: int
+
+
+@attrs.frozen(kw_only=True)
+class GroupDone:
+    request: int
+    group: Group
+
+
+@attrs.frozen(kw_only=True)
+class Cancel:
+    """Stop working on a request and say nothing more about it. Unknown requests are ignored."""
+
+    request: int
+
+
+@attrs.frozen(kw_only=True)
+class Demonstrate:
+    """Ask for demonstrations of tasks, as samples of the ce stream."""
+
+    request: int
+    tasks: tuple[TaskRef, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Demonstrations:
+    request: int
+    samples: tuple[Sample, ...]
+
+
+# --- controller <-> trainer rank --------------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True)
+class TrainStep:
+    """One optimizer step. `batch.ranks` holds only the receiving rank's micro-batches, as its single entry."""
+
+    batch: Batch
+    learning_rate: float
+    publish: bool
+    """Send the new weights through the transport when the step is done (all ranks take part)."""
+
+
+@attrs.frozen(kw_only=True)
+class StepDone:
+    """What a rank reports after a step, and the manifest from the rank that published.
+
+    `sums` are over the rank's own tokens: the controller adds ranks and divides by the global counts. `values` are equal
+    on all ranks (`grad_norm`). `seconds`: phase -> seconds of the rank (`wait`, `forward_backward`, `optimizer`, `publish`).
+    """
+
+    step: int
+    version: int
+    sums: Mapping[str, float]
+    values: Mapping[str, float]
+    seconds: Mapping[str, float]
+    manifest: Manifest | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Publish:
+    """Send the current weights (used once, before the first rollout). Answered by StepDone with no sums."""
+
+
+@attrs.frozen(kw_only=True)
+class Retire:
+    """No engine will ask for this version again."""
+
+    version: int
+
+
+@attrs.frozen(kw_only=True)
+class Save:
+    """Write this rank's part of a checkpoint into `path`."""
+
+    step: int
+    path: str
+
+
+@attrs.frozen(kw_only=True)
+class Saved:
+    step: int
+
+
+# --- controller -> any worker -----------------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True)
+class Stop:
+    """The run is over: clean up and exit 0."""
+
+
+TO_CONTROLLER = (Hello, Failed, GroupDone, Demonstrations, StepDone, Saved)
+TO_WORKER = (RunGroup, Cancel, Demonstrate, TrainStep, Publish, Retire, Save, Stop)

@@ -1,0 +1,108 @@
+"""The run directory: everything a run is lies in one folder.
+
+    run.toml            resolved config; `prl launch <dir>/run.toml` repeats the run
+    plugins.lock        plugins, versions and source digests every process must see
+    token               the run's secret (mode 0600): every endpoint asks for it
+    controller.json     where the controller listens
+    processes.json      what the launcher started: role, index, pid, host, log
+    state.json          status, step, version, last error: rewritten as the run goes
+    stop                present when the run was asked to stop
+    logs/attempt-N/     one file per process
+    metrics.jsonl       one line per step and per evaluation
+    rollouts.jsonl      one line per trained rollout
+    checkpoints/step-N/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from prl.errors import UserError
+
+
+@attrs.frozen
+class RunDir:
+    """Names of the files of a run, and atomic writes into it."""
+
+    path: Path = attrs.field(converter=lambda p: Path(p).resolve())
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunDir:
+        """The directory of a run that was launched; UserError when it is not one."""
+        run = cls(path)
+        if not run.config.is_file():
+            raise UserError(f"{path} is not a run directory: it has no run.toml")
+        return run
+
+    @property
+    def config(self) -> Path:
+        return self.path / "run.toml"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "plugins.lock"
+
+    @property
+    def controller(self) -> Path:
+        return self.path / "controller.json"
+
+    @property
+    def processes(self) -> Path:
+        return self.path / "processes.json"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def logs(self, attempt: int | None = None) -> Path:
+        """Folder of an attempt's logs; the newest attempt by default."""
+        return self.path / "logs" / f"attempt-{attempt or max(self.attempts(), default=1)}"
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts so far, ascending."""
+        return sorted(int(p.name.removeprefix("attempt-")) for p in (self.path / "logs").glob("attempt-*"))
+
+    def create_token(self) -> None:
+        """Write the run's secret, readable by its owner only."""
+        descriptor = os.open(self.path / "token", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+
+    def token(self) -> str:
+        return (self.path / "token").read_text()
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Replace `path` atomically: a reader sees the old file or the new one."""
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(value, indent=1))
+        partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or None when the file is not there."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None

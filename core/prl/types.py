@@ -1,0 +1,240 @@
+"""The glossary: what flows through prl, in the order in which it comes to be.
+
+    TaskRef -> Task -> Completion -> Turn -> Rollout -> Group -> Sample -> MicroBatch -> Batch -> Manifest
+
+Per-token columns are numpy arrays, never lists of numbers. `L` is the number of tokens of one rollout or sample, `T` of
+a packed micro-batch, `S` the number of samples in it. Column `c[t]` always speaks about token `t` (not about the
+prediction made at `t`): `logprobs[t]` is log p(token t | tokens before t). This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message as OpenAI's API writes it: `{"role": "user", "content": "..."}`."""
+
+Int32: TypeAlias = NDArray[np.int32]
+Float32: TypeAlias = NDArray[np.float32]
+Bool: TypeAlias = NDArray[np.bool_]
+Split: TypeAlias = Literal["train", "eval"]
+Stream: TypeAlias = Literal["rl", "ce", "ref_kl"]
+STREAMS: tuple[Stream, ...] = ("rl", "ce", "ref_kl")
+
+
+@attrs.frozen(kw_only=True)
+class TaskRef:
+    """The name of a task. Tasks live with their environment; the controller only ever holds these."""
+
+    environment: str
+    """Name of the environment section (`name`, by default its `type`)."""
+    split: Split
+    index: int
+
+
+@attrs.frozen(kw_only=True)
+class Task:
+    """One problem, as its environment states it."""
+
+    index: int
+    messages: tuple[Message, ...]
+    """What opens the conversation."""
+    data: Mapping[str, Any] = attrs.field(factory=dict)
+    """Whatever the environment needs to score it; stays in the environment's process."""
+
+
+class StopReason(Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # the policy sampled a stop token
+    LENGTH = "length"  # max_tokens, or the sequence limit, was reached
+    ABORT = "abort"  # the engine was told to abort; the tokens so far are valid
+
+
+@attrs.frozen(kw_only=True)
+class Sampling:
+    """How to sample. Train-time sampling is temperature only: truncation would bias importance ratios."""
+
+    temperature: float = 1.0
+    """0 is greedy; log-probabilities are then those of temperature 1."""
+    max_tokens: int = 256
+    min_tokens: int = 0
+    """Stop tokens cannot be sampled before this many tokens; their logits are masked and the logprobs renormalised."""
+    seed: int = 0
+    """Member `i` of a request with `n > 1` samples with `seed + i`; equal seeds give equal tokens."""
+
+
+@attrs.frozen(kw_only=True)
+class Completion:
+    """What an engine returns for one sampled continuation of `n` new tokens."""
+
+    tokens: Int32  # [n]
+    logprobs: Float32  # [n] under the sampling temperature
+    versions: Int32  # [n] policy version that sampled each token, non-decreasing
+    stop: StopReason
+
+
+@attrs.frozen(kw_only=True)
+class Turn:
+    """One assistant turn inside a rollout: tokens `start:end` were sampled."""
+
+    start: int
+    end: int
+    stop: StopReason
+
+
+@attrs.frozen(kw_only=True)
+class Rollout:
+    """One finished conversation with its tokens, exactly as sampled."""
+
+    rollout_id: str
+    """`<group id>.<member>`."""
+    tokens: Int32  # [L]
+    sampled: Bool  # [L] True where the policy sampled the token: the loss mask
+    logprobs: Float32  # [L] engine log-probability of sampled tokens, 0 elsewhere
+    versions: Int32  # [L] policy version of sampled tokens, -1 elsewhere
+    temperature: float
+    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
+    """The conversation as text, for people."""
+    reward: float
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    """Scalars of the environment; `accuracy` (0 or 1) is the one evaluation reads."""
+
+    @property
+    def sampled_count(self) -> int:
+        return int(self.sampled.sum())
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the first sampled token; -1 when nothing was sampled."""
+        sampled = self.versions[self.sampled]
+        return int(sampled.min()) if sampled.size else -1
+
+    @property
+    def truncated(self) -> bool:
+        return bool(self.turns) and self.turns[-1].stop is StopReason.LENGTH
+
+
+@attrs.frozen(kw_only=True)
+class Failure:
+    """A rollout that did not come to be, through no fault of the policy."""
+
+    rollout_id: str
+    where: str
+    """`environment` or `engine`."""
+    error: str
+
+
+@attrs.frozen(kw_only=True)
+class Group:
+    """The rollouts of one task (siblings, in GRPO's sense)."""
+
+    group_id: int
+    """Issue number, unique in a run: groups are trained in this order."""
+    task: TaskRef
+    attempt: int
+    """0 for the first issue of this task in this group, +1 for each retry after a cut or a failure."""
+    started_version: int
+    """Newest policy version when the group was dispatched."""
+    rollouts: tuple[Rollout, ...]
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def oldest_version(self) -> int:
+        """Oldest policy version of any sampled token."""
+        versions = [r.oldest_version for r in self.rollouts if r.sampled_count]
+        return min(versions, default=self.started_version)
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(r.reward for r in self.rollouts)
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """One token sequence with everything a step needs to train on it.
+
+    A token belongs to a stream iff its weight there is not 0; the weight multiplies its per-token loss, and each stream
+    is divided by its own global number of tokens.
+    """
+
+    tokens: Int32  # [L]
+    sampled: Bool  # [L] tokens whose engine_logprobs and versions mean something
+    engine_logprobs: Float32  # [L]
+    versions: Int32  # [L]
+    advantages: Float32  # [L]
+    temperature: float
+    weights: Mapping[Stream, Float32]  # stream -> [L]; absent = all zero
+    ref_logprobs: Float32 | None = None  # [L] for the ref_kl stream
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@attrs.frozen(kw_only=True)
+class MicroBatch:
+    """`S` samples packed one after the other: what one forward and backward of one rank sees. No padding."""
+
+    tokens: Int32  # [T]
+    cu_seqlens: Int32  # [S + 1] sample s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]
+    temperatures: Float32  # [T]
+    advantages: Float32  # [T]
+    engine_logprobs: Float32  # [T]
+    versions: Int32  # [T]
+    sampled: Bool  # [T]
+    weights: Mapping[Stream, Float32]  # stream -> [T], only streams that occur in the batch
+    ref_logprobs: Float32 | None = None  # [T]
+
+
+@attrs.frozen(kw_only=True)
+class Batch:
+    """One optimizer step: for each data-parallel rank the same number of micro-batches."""
+
+    step: int
+    version: int
+    """Policy version being trained; the step yields version + 1."""
+    phase: Literal["warmup", "rl"]
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+    token_counts: Mapping[Stream, int]
+    """Global number of tokens of each stream: the denominators."""
+
+
+@attrs.frozen(kw_only=True)
+class TensorRecord:
+    """Where one tensor of a manifest lies and what it must hash to."""
+
+    name: str
+    dtype: str
+    """torch's name without the prefix, e.g. `float32`."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file or segment."""
+    nbytes: int
+    checksum: int
+    """zlib.crc32 of the bytes."""
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """One published policy version: enough for an engine to fetch and verify it."""
+
+    version: int
+    location: str
+    """Meaning belongs to the weight transport: a path, a segment's name, an address."""
+    tensors: tuple[TensorRecord, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+def as_tokens(ids: Sequence[int] | NDArray[Any]) -> Int32:
+    """Token ids as the column type every wire carries."""
+    return np.asarray(ids, dtype=np.int32)
