@@ -5,14 +5,15 @@
 
 *Lifecycle* hooks act by presence. They are called in the controller only, synchronously, in the order of the config's
 `plugins` list; they must not block. An implementation that raises is reported and the others still run; after three
-failures in a row it is switched off. There are none in trainer ranks or engines, where a hook present on some ranks only
-would deadlock a collective.
+failures in a row it is switched off. There are none in trainer ranks or engines, where a hook present on some ranks
+only would deadlock a collective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pluggy
 
@@ -31,7 +32,9 @@ from prl.providers import (
     Tracker,
     WeightTransport,
 )
-from prl.types import Group
+
+if TYPE_CHECKING:
+    from prl.types import Group
 
 hookspec = pluggy.HookspecMarker("prl")
 

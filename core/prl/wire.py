@@ -1,129 +1,175 @@
-"""Messages on a wire: a msgpack header and the raw bytes of every column beside it.
+"""Messages on a wire: a msgpack header and the raw bytes of every column.
 
-    frame 0      [class name, fields], arrays replaced by {"@": frame, "dtype": ..., "shape": ...}
-    frame 1..    the arrays' bytes, not copied on the way out
+    frame 0      [class name, fields]; an attrs object is a map of its fields, an enum its value, a column an extension:
+                 a short vector lies inside (code = its dtype, data = its bytes), any other names its frame
+    frame 1..    the other columns' bytes, not copied on the way out
 
 Nothing is pickled. `decode` accepts only the classes it is told to expect, structures them strictly and bounds their
 size; anything else is a WireError with a reason. Connections are ZeroMQ sockets that authenticate with the run's token.
+Workers use the two connection classes; the controller's end is `prl.dispatch.hub`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any, TypeAlias, get_origin
 
 import attrs
 import cattrs
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import zmq
 import zmq.asyncio
+from numpy.typing import NDArray
 
 from prl.errors import InfrastructureError
 from prl.run_dir import RunDir
 
+Frame: TypeAlias = bytes | memoryview
+
 MAX_MESSAGE_BYTES = 8 << 30
-_DTYPES = {"int32", "int64", "float32", "bool", "uint8", "uint16"}
-_USER = b"prl"
+USER = "prl"
+"""User name of PLAIN authentication; the password is the run's token."""
+
+_DTYPES = tuple(map(np.dtype, ("bool", "uint8", "uint16", "int32", "int64", "float32")))
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}  # extension code of a short vector
+_IN_FRAME = 100  # extension code of a column in a frame of its own
+_INLINE_BYTES = 4096  # below this, one more frame costs more than one more copy
 
 
 class WireError(InfrastructureError):
     """A message that is not what it should be."""
 
 
-def encode(message: Any) -> list[bytes | memoryview]:
-    """An attrs message as frames; arrays are sent from where they lie."""
-    buffers: list[bytes | memoryview] = []
-    header = [type(message).__name__, _lower(message, buffers)]
-    return [msgpack.packb(header), *buffers]
+# --- encode -----------------------------------------------------------------------------------------------------------
+def encode(message: Any) -> list[Frame]:
+    """An attrs message as frames; long columns are sent from where they lie, so they must not change meanwhile."""
+    buffers: list[Frame] = []
+
+    def lower(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return _lower_column(value, buffers)
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, Mapping):
+            return dict(value)
+        return {name: getattr(value, name) for name in _field_names(value.__class__)}
+
+    header = msgpack.packb([type(message).__name__, lower(message)], default=lower)
+    return [header, *buffers]
 
 
-def _lower(value: Any, buffers: list[bytes | memoryview]) -> Any:
-    if isinstance(value, np.ndarray):
-        array = np.ascontiguousarray(value)
-        buffers.append(memoryview(array).cast("B") if array.size else b"")
-        return {"@": len(buffers), "dtype": str(array.dtype), "shape": list(array.shape)}
-    if attrs.has(type(value)):
-        return {a.name: _lower(getattr(value, a.name), buffers) for a in attrs.fields(type(value))}
-    if isinstance(value, dict):
-        return {k: _lower(v, buffers) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [_lower(v, buffers) for v in value]
-    if hasattr(value, "value") and hasattr(value, "name"):
-        return value.value
-    return value
+@functools.cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    if not attrs.has(cls):
+        raise TypeError(f"a {cls.__name__} cannot travel on a wire")
+    return tuple(field.name for field in attrs.fields(cls))
 
 
+def _lower_column(array: NDArray[Any], buffers: list[Frame]) -> msgpack.ExtType:
+    code = _CODES.get(array.dtype)
+    if code is None:
+        raise TypeError(f"a column of {array.dtype} cannot travel on a wire, only {', '.join(map(str, _DTYPES))}")
+    if array.ndim == 1 and array.nbytes <= _INLINE_BYTES:
+        return msgpack.ExtType(code, array.tobytes())
+    buffers.append(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return msgpack.ExtType(_IN_FRAME, msgpack.packb([len(buffers), code, list(array.shape)]))
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
 def decode(frames: Sequence[Any], expected: Sequence[type]) -> Any:
     """Frames (bytes-like) back into one of the `expected` attrs classes; WireError says what is wrong with them."""
-    size = sum(memoryview(f).nbytes for f in frames)
+    size = sum(memoryview(frame).nbytes for frame in frames)
     if size > MAX_MESSAGE_BYTES:
         raise WireError(f"message of {size} bytes, more than the {MAX_MESSAGE_BYTES} a wire accepts")
-    names = {c.__name__: c for c in expected}
+    classes = {cls.__name__: cls for cls in expected}
     try:
-        name, fields = msgpack.unpackb(frames[0])
-        cls = names[name]
-        return _converter.structure(_raise_arrays(fields, frames), cls)
+        name, fields = msgpack.unpackb(frames[0], ext_hook=functools.partial(_raise_column, frames))
+        return _structure(fields, classes[name])
     except Exception as error:  # a hostile frame can fail anywhere in here, and must harm nobody else
-        reason = "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else repr(error)
-        raise WireError(f"malformed message, expected one of {', '.join(sorted(names))}: {reason}") from None
+        known = ", ".join(sorted(classes))
+        raise WireError(f"malformed message, expected one of {known}: {_reason(error)}") from None
 
 
-def _raise_arrays(value: Any, frames: Sequence[Any]) -> Any:
-    if isinstance(value, dict):
-        if "@" in value:
-            return _array(value, frames)
-        return {k: _raise_arrays(v, frames) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_raise_arrays(v, frames) for v in value]
-    return value
+def _reason(error: Exception) -> str:
+    return "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else repr(error)
 
 
-def _array(spec: dict[str, Any], frames: Sequence[Any]) -> np.ndarray:
-    index, dtype, shape = spec["@"], spec["dtype"], spec["shape"]
-    if dtype not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"column of dtype {dtype!r} and shape {shape!r}")
+def _structure(fields: Any, cls: type) -> Any:
+    try:
+        return _converter.structure(fields, cls)
+    except Exception:
+        return _explaining_converter.structure(fields, cls)  # slower, and names every field that is wrong
+
+
+def _raise_column(frames: Sequence[Any], code: int, content: bytes) -> NDArray[Any]:
+    if code == _IN_FRAME:
+        return _column_in_frame(frames, *msgpack.unpackb(content))
+    return np.frombuffer(content, dtype=_DTYPES[code])
+
+
+def _column_in_frame(frames: Sequence[Any], index: int, code: int, shape: list[int]) -> NDArray[Any]:
     if not 1 <= index < len(frames):
         raise ValueError(f"column in frame {index} of {len(frames)}")
-    expected, seen = math.prod(shape) * np.dtype(dtype).itemsize, memoryview(frames[index]).nbytes
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"column of shape {shape!r}")
+    dtype = _DTYPES[code]
+    expected, seen = math.prod(shape) * dtype.itemsize, memoryview(frames[index]).nbytes
     if expected != seen:
         raise ValueError(f"column of {seen} bytes where shape {shape} of {dtype} has {expected}")
     return np.frombuffer(frames[index], dtype=dtype).reshape(shape)
 
 
-def _structure_array(value: Any, hint: Any) -> np.ndarray:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"expected a column, got {type(value).__name__}")
-    dtype = _array_dtype(hint)
-    if dtype is not None and value.dtype != dtype:
-        raise TypeError(f"expected a column of {dtype}, got {value.dtype}")
-    return value
+# --- strict structuring -----------------------------------------------------------------------------------------------
+Structure: TypeAlias = Callable[[Any, Any], Any]
 
 
-def _array_dtype(hint: Any) -> Any:
-    """The element type of `NDArray[...]`, or None for Any."""
-    try:
-        return np.dtype(hint.__args__[1].__args__[0])
-    except (AttributeError, IndexError, TypeError):
-        return None
-
-
-def _exactly(kind: type) -> Any:
-    def structure(value: Any, _: type) -> Any:
-        if type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
-        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__} {value!r}")
+def _exactly(kind: type) -> Structure:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is kind:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__} {value!r:.100}")
 
     return structure
 
 
-_converter = cattrs.Converter(forbid_extra_keys=True)
-for _kind in (bool, int, float, str):
-    _converter.register_structure_hook(_kind, _exactly(_kind))
-_converter.register_structure_hook_func(lambda hint: get_origin(hint) is np.ndarray, _structure_array)
+def _column_structure(hint: Any) -> Structure:
+    """Checks a column against `NDArray[element]`, where the element may be Any."""
+    element = hint.__args__[1].__args__[0]
+    dtype = None if element is Any else np.dtype(element)
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"expected a column, got {type(value).__name__}")
+        if dtype is not None and value.dtype != dtype:
+            raise TypeError(f"expected a column of {dtype}, got {value.dtype}")
+        return value
+
+    return structure
+
+
+def _make_converter(*, explain: bool) -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=explain)
+    for kind in (bool, int, float, str):
+        converter.register_structure_hook(kind, _exactly(kind))
+    converter.register_structure_hook_factory(_is_column, _column_structure)
+    return converter
+
+
+def _is_column(hint: Any) -> bool:
+    origin: Any = get_origin(hint)
+    return origin is np.ndarray
+
+
+_converter = _make_converter(explain=False)
+_explaining_converter = _make_converter(explain=True)
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -132,12 +178,14 @@ def _dealer(context: Any, run_dir: RunDir, identity: str, timeout: float) -> Any
     deadline = time.monotonic() + timeout
     while not run_dir.controller.is_file():
         if time.monotonic() > deadline:
-            raise InfrastructureError(f"the controller did not listen within {timeout:.0f} s ({run_dir.controller} is missing)")
+            raise InfrastructureError(
+                f"the controller did not listen within {timeout:.0f} s ({run_dir.controller} is missing); see its log"
+            )
         time.sleep(0.05)
     address = json.loads(run_dir.controller.read_text())["address"]
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
-    socket.setsockopt(zmq.PLAIN_USERNAME, _USER)
+    socket.setsockopt(zmq.PLAIN_USERNAME, USER.encode())
     socket.setsockopt(zmq.PLAIN_PASSWORD, run_dir.token().encode())
     socket.setsockopt(zmq.LINGER, 5000)
     socket.setsockopt(zmq.SNDHWM, 0)
@@ -147,7 +195,10 @@ def _dealer(context: Any, run_dir: RunDir, identity: str, timeout: float) -> Any
 
 
 class Connection:
-    """A worker's blocking connection to the controller (trainer ranks)."""
+    """A worker's blocking connection to the controller (trainer ranks).
+
+    Raises InfrastructureError when the controller does not listen within `timeout` seconds.
+    """
 
     def __init__(self, run_dir: RunDir, identity: str, *, timeout: float = 120.0) -> None:
         self._context = zmq.Context()
@@ -157,8 +208,9 @@ class Connection:
         self._socket.send_multipart(encode(message), copy=False)
 
     def receive(self, expected: Sequence[type]) -> Any:
+        """The next message, one of the `expected` classes; WireError when it is something else."""
         frames = self._socket.recv_multipart(copy=False)
-        return decode([f.buffer for f in frames], expected)
+        return decode([frame.buffer for frame in frames], expected)
 
     def close(self) -> None:
         self._socket.close()
@@ -166,7 +218,10 @@ class Connection:
 
 
 class AsyncConnection:
-    """A worker's connection to the controller inside an event loop (environment workers, engines)."""
+    """A worker's connection to the controller inside an event loop (environment workers, engines).
+
+    Made before the loop has anything to do: construction blocks until the controller listens.
+    """
 
     def __init__(self, run_dir: RunDir, identity: str, *, timeout: float = 120.0) -> None:
         self._context = zmq.asyncio.Context()
@@ -176,8 +231,9 @@ class AsyncConnection:
         await self._socket.send_multipart(encode(message), copy=False)
 
     async def receive(self, expected: Sequence[type]) -> Any:
+        """The next message, one of the `expected` classes; WireError when it is something else."""
         frames = await self._socket.recv_multipart(copy=False)
-        return decode([f.buffer for f in frames], expected)
+        return decode([frame.buffer for frame in frames], expected)
 
     def close(self) -> None:
         self._socket.close()

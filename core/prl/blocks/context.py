@@ -34,9 +34,15 @@ class Context:
     """[S] int64 cache row of each sequence, or the slice of rows when they are consecutive (no gather is needed)."""
     past: Tensor | None = None
     """[S] int64 tokens already in each row."""
+    past_min: int = 0
+    """Smallest of `past`, known on the host."""
     past_max: int = 0
     """Largest of `past`, known on the host."""
-    memo: dict[str, Any] = attrs.field(factory=dict)
+    longest: int = 0
+    """Largest of `past + lengths`: how far attention looks into the caches. Known on the host."""
+    decoding: bool = False
+    """Every sequence has exactly one new token: `positions` equals `past`."""
+    memo: dict[Any, Any] = attrs.field(factory=dict)
     """What a layer computed that the next layers can share: rope tables, masks."""
 
     @classmethod
@@ -44,25 +50,34 @@ class Context:
         """For training: cu_seqlens [S + 1] int, host side; positions are built on the current default device."""
         bounds = cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
-        starts = torch.repeat_interleave(torch.tensor(bounds[:-1]), torch.tensor(lengths))
-        return cls(lengths=lengths, positions=torch.arange(bounds[-1]) - starts)
+        positions = _positions(lengths, first=[0] * len(lengths))
+        return cls(lengths=lengths, positions=positions, longest=max(lengths, default=0))
 
     @classmethod
     def cached(
         cls, caches: Sequence[Any], *, lengths: Sequence[int], rows: Tensor | slice, past: Sequence[int]
     ) -> Context:
         """For serving: `lengths[s]` new tokens continue the `past[s]` tokens that lie in cache row `rows[s]`."""
-        positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths, strict=True)])
+        tokens_before = torch.tensor(past, dtype=torch.int64)
+        decoding = len(lengths) > 0 and min(lengths) == max(lengths) == 1
         return cls(
             lengths=tuple(lengths),
-            positions=positions,
+            positions=tokens_before if decoding else _positions(lengths, first=past),
             caches=caches,
             rows=rows,
-            past=torch.tensor(past),
+            past=tokens_before,
+            past_min=min(past, default=0),
             past_max=max(past, default=0),
+            longest=max((p + n for p, n in zip(past, lengths, strict=True)), default=0),
+            decoding=decoding,
         )
 
-    @property
-    def decoding(self) -> bool:
-        """Every sequence has exactly one new token."""
-        return self.caches is not None and len(self.lengths) == len(self.positions)
+
+def _positions(lengths: Sequence[int], *, first: Sequence[int]) -> Tensor:
+    """[T] `first[s], first[s] + 1, ...` for each sequence, on the current default device."""
+    starts, total = [], 0
+    for n, position in zip(lengths, first, strict=True):
+        starts.append(total - position)
+        total += n
+    offsets = torch.tensor(starts, dtype=torch.int64)
+    return torch.arange(total) - offsets.repeat_interleave(torch.tensor(lengths, dtype=torch.int64), output_size=total)

@@ -115,7 +115,9 @@ class RolloutSection:
     min_tokens: int = option(0, help="fewest tokens of one assistant turn", validator=not_negative)
     sequence_length: int = option(2048, help="most tokens of a whole rollout, prompt included", validator=positive)
     workers: int = option(1, help="environment worker processes", validator=positive)
-    timeout: float = option(600.0, help="seconds a group may take before it fails and is tried again", validator=positive)
+    timeout: float = option(
+        600.0, help="seconds a group may take before it fails and is tried again", validator=positive
+    )
     retries: int = option(3, help="times a task is issued again after a cut or a failure", validator=not_negative)
     keep: bool = option(True, help="write every trained rollout to rollouts.jsonl")
 
@@ -164,7 +166,11 @@ class TrainerSection:
 class EvaluationSection:
     """`[evaluation]`: held-out tasks, interleaved with training on the same engines."""
 
-    every: int = option(0, help="steps between evaluations; 0: never (also runs before the first and after the last)")
+    every: int = option(
+        0,
+        help="steps between evaluations; 0: never (also runs before the first and after the last)",
+        validator=not_negative,
+    )
     tasks: int = option(128, help="held-out tasks per environment", validator=positive)
     temperature: float = option(0.0, help="0 is greedy", validator=not_negative)
 

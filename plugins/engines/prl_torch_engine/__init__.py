@@ -1,1 +1,55 @@
-"""Plugin."""
+"""The embedded engine: the trainer's own torch modules behind an HTTP server, on a CPU or a GPU.
+
+Chosen by `[engine] type = "torch"`. Its process runs `server:serve`; environment workers and the controller talk to it
+through `client:connect`. This module only describes the engine and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+from attrs import validators
+
+from prl import hookimpl, option
+from prl.compose.config import EngineConfig, Run
+from prl.providers import Engine
+
+
+@attrs.frozen(kw_only=True)
+class TorchEngineConfig(EngineConfig):
+    """`[engine]` with `type = "torch"`."""
+
+    sequences: int = option(64, help="sequences that decode at once", validator=validators.gt(0))
+    length: int = option(0, help="most tokens of a sequence; 0: rollouts.sequence_length", validator=validators.ge(0))
+    threads: int = option(1, help="CPU threads of the model", validator=validators.gt(0))
+    prefill_tokens: int = option(
+        1024, help="most prompt tokens computed between two decoding steps", validator=validators.gt(0)
+    )
+    retained: int = option(
+        64, help="cache rows for prompts being computed and prefixes kept for later turns", validator=validators.gt(0)
+    )
+
+
+@hookimpl
+def prl_engines() -> Iterable[Engine]:
+    return [
+        Engine(
+            name="torch",
+            config=TorchEngineConfig,
+            summary="the trainer's own modules: continuous batching, prefix reuse, in-flight weight updates",
+            serve="prl_torch_engine.server:serve",
+            connect="prl_torch_engine.client:connect",
+        )
+    ]
+
+
+@hookimpl
+def prl_validate(run: Run) -> Iterable[str]:
+    """A rollout must fit into a cache row."""
+    engine = run.engine
+    if isinstance(engine, TorchEngineConfig) and 0 < engine.length < run.rollouts.sequence_length:
+        yield (
+            f"engine.length = {engine.length} is shorter than rollouts.sequence_length = "
+            f"{run.rollouts.sequence_length}; raise it, or leave it out"
+        )

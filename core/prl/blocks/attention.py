@@ -1,0 +1,65 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), with optional query-key norm and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prl.blocks.attend import attend
+from prl.blocks.cache import KeyValueCache
+from prl.blocks.context import Context
+from prl.blocks.linear import Linear
+from prl.blocks.norm import RMSNorm, rms_norm
+from prl.blocks.rope import RotaryEmbedding, rotate
+
+
+class GroupedQueryAttention(nn.Module):
+    """A mixer. `qkv_proj` holds the rows of q (all heads), k and v, in this order."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: RotaryEmbedding | None = None,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.rope = rope
+        self.qkv_proj = Linear(hidden_size, (heads + 2 * kv_heads) * head_dim)
+        self.o_proj = Linear(heads * head_dim, hidden_size)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+
+    def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        """x [T, hidden] -> [T, hidden]. Queries and keys are normed and rotated together: one chain of operations."""
+        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [T, heads + 2 kv_heads, head_dim]
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = rms_norm(qk, self._qk_weight(self.q_norm.weight, self.k_norm.weight), self.q_norm.eps)
+        if self.rope is not None:
+            qk = rotate(qk, self.rope.tables(context, qk.dtype))
+        q, k = qk.split((self.heads, self.kv_heads), 1)
+        cache = None if context.caches is None else context.caches[layer_index]
+        mixed = attend(q, k, v, context, scale=self.head_dim**-0.5, cache=cache)
+        projected: Tensor = self.o_proj(mixed.flatten(1))
+        return projected
+
+    def new_cache(self, rows: int, length: int) -> KeyValueCache:
+        """For `rows` sequences of `length` tokens, where the weights are."""
+        weight = self.qkv_proj.weight
+        return KeyValueCache(
+            rows=rows,
+            length=length,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def _qk_weight(self, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+        """[heads + kv_heads, head_dim]"""
+        return torch.cat((q_weight.expand(self.heads, -1), k_weight.expand(self.kv_heads, -1)))

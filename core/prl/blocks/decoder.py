@@ -1,0 +1,115 @@
+"""A decoder-only language model out of blocks: embedding, layers of normed mixers, final norm, output projection.
+
+Model plugins compose it; trainer and engine call it as `prl.providers.LanguageModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from prl.blocks.context import Context
+from prl.blocks.linear import Linear
+from prl.blocks.norm import RMSNorm
+
+
+@runtime_checkable
+class CachingMixer(Protocol):
+    """A mixer that keeps something of earlier tokens while generating."""
+
+    def new_cache(self, rows: int, length: int) -> Any: ...
+
+
+@attrs.frozen
+class Sublayer:
+    """`x + mixer(norm(x))`, and the names of both modules in the layer: those of the family's checkpoints."""
+
+    norm_name: str
+    norm: nn.Module
+    mixer_name: str
+    mixer: nn.Module
+    """`forward(x [T, hidden], context, layer_index) -> [T, hidden]`"""
+
+
+class Layer(nn.Module):
+    """Pre-norm residual sublayers, in order: two for a transformer, one for a hybrid of single mixers."""
+
+    def __init__(self, *sublayers: Sublayer) -> None:
+        super().__init__()
+        self.order = [(sublayer.norm_name, sublayer.mixer_name) for sublayer in sublayers]
+        for sublayer in sublayers:
+            self.add_module(sublayer.norm_name, sublayer.norm)
+            self.add_module(sublayer.mixer_name, sublayer.mixer)
+
+    def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        for norm, mixer in self.order:
+            x = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
+        return x
+
+    def new_cache(self, rows: int, length: int) -> Any:
+        """Of the layer's caching mixer: there is one at most."""
+        for _, mixer in self.order:
+            module = getattr(self, mixer)
+            if isinstance(module, CachingMixer):
+                return module.new_cache(rows, length)
+        return None
+
+
+class Decoder(nn.Module):
+    """The model. Parameter names are Hugging Face's without the `model.` prefix."""
+
+    def __init__(
+        self, *, vocab_size: int, hidden_size: int, layers: Sequence[Layer], norm_eps: float, tied_embeddings: bool
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size, _weight=torch.empty(vocab_size, hidden_size))
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.lm_head = None if tied_embeddings else Linear(hidden_size, vocab_size)
+
+    def hidden(self, tokens: Tensor, context: Context) -> Tensor:
+        """tokens [T] int64 -> final normed hidden states [T, hidden]."""
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, index)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """The same as `hidden`, through the module's hooks."""
+        return self.hidden(tokens, context)
+
+    def head(self) -> Tensor:
+        """The output projection [vocab, hidden]: `prl.blocks.linear.linear(hidden, head())` gives logits."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def new_caches(self, rows: int, length: int) -> list[Any]:
+        """One per layer, with room for `rows` sequences of `length` tokens."""
+        return [cast(Layer, layer).new_cache(rows, length) for layer in self.layers]
+
+
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj")
+"""Endings of the names of projections that write into the residual stream."""
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, *, sublayers: int) -> None:
+    """Draw every weight from torch's generator, in the order of the parameters.
+
+    Matrices are normal with deviation I^-1/2 for I inputs (0.02 at 2500), so that activations keep their size at every
+    width; those that write into the residual stream are divided by sqrt(sublayers), so that it keeps its size at every
+    depth (Radford et al. 2019, GPT-2). Embeddings have deviation 0.02, norms are one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        elif name.endswith("embed_tokens.weight"):
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            residual = name.endswith(RESIDUAL_OUTPUTS)
+            nn.init.normal_(parameter, std=(parameter.shape[-1] * (sublayers if residual else 1)) ** -0.5)

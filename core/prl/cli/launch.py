@@ -1,0 +1,73 @@
+"""`prl launch CONFIG`: compose a run, make its directory, hand its processes to the launcher and wait."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prl.cli.table import columns
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("launch", help="start a run and wait for it", description=__doc__)
+    add_composition_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the composition and the processes; start and write nothing"
+    )
+    parser.set_defaults(run=run)
+
+
+def add_composition_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and the two ways to edit it from the command line."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    parser.add_argument("--plugins", default="", metavar="X,no:Y", help="add plugin X to the config's list, remove Y")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a value, written as in TOML (quotes may be left out); lists by index: environments.0.weight=2",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from prl.compose.compose import compose, create_run
+    from prl.compose.plan import plan
+
+    composition = compose(arguments.config, plugins=arguments.plugins, overrides=arguments.set)
+    if arguments.dry_run:
+        print(_dry_run(composition, arguments.config))
+        return 0
+    run_dir = create_run(composition, arguments.config)
+    print(f"run directory: {run_dir.path}", flush=True)
+    launcher = composition.build(composition.run.launcher, run_dir.path)
+    code: int = launcher.launch(plan(composition, run_dir))
+    return code
+
+
+def _dry_run(composition: Composition, source: Path) -> str:
+    from prl.compose.compose import planned_run_dir
+    from prl.compose.plan import plan
+
+    run_dir = planned_run_dir(composition, source)
+    launcher = composition.build(composition.run.launcher, run_dir.path)
+    return (
+        f"composition\n{columns(_rows(composition))}\n\n"
+        f"run directory (not made)\n  {run_dir.path}\n\n"
+        f"processes (not started)\n{launcher.render(plan(composition, run_dir))}"
+    )
+
+
+def _rows(composition: Composition) -> list[list[str]]:
+    """Section, provider, plugin and distribution of everything a plugin provides."""
+    plugins = {plugin.name: plugin for plugin in composition.plugins}
+    rows = [["SECTION", "TYPE", "PLUGIN", "DISTRIBUTION"]]
+    for path, section in composition.sections():
+        entry = composition.registry.of_config(type(section))
+        plugin = plugins[entry.plugin]
+        rows.append([path, entry.provider.name, plugin.name, f"{plugin.dist} {plugin.version}"])
+    return rows

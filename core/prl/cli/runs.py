@@ -1,0 +1,73 @@
+"""Which run a command means, and whether it is still going."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prl.errors import UserError
+from prl.run_dir import RunDir, read_json
+
+RUNS = Path("runs")
+FINAL = frozenset({"finished", "stopped", "failed"})
+"""Values of `status` in state.json after which nothing changes."""
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """RUN: a run directory or a name under runs/, by default the newest."""
+    parser.add_argument("directory", nargs="?", metavar="RUN", help="run directory; by default the newest in runs/")
+
+
+def find_run(name: str | None) -> RunDir:
+    """The run of that path or of that name under `runs/`; without a name, the newest there."""
+    if name is None:
+        return _newest()
+    if not Path(name).exists() and (RUNS / name).exists():
+        return RunDir.existing(RUNS / name)
+    return RunDir.existing(name)
+
+
+def is_run(name: str) -> bool:
+    """Whether `find_run` would find that name."""
+    return any((folder / "run.toml").is_file() for folder in (Path(name), RUNS / name))
+
+
+def _newest() -> RunDir:
+    configs = list(RUNS.glob("*/run.toml"))
+    if not configs:
+        raise UserError(f"there is no run in {RUNS.resolve()}; name a run directory, or start one with `prl launch`")
+    return RunDir(max(configs, key=lambda config: config.stat().st_mtime).parent)
+
+
+def state_of(run_dir: RunDir) -> dict[str, Any]:
+    """What state.json says; `status` is `starting` before it exists."""
+    return {"status": "starting", **(read_json(run_dir.state) or {})}
+
+
+def is_over(run_dir: RunDir) -> bool:
+    """The run reached a final state, or every process of it is gone from this host."""
+    processes = read_json(run_dir.processes)
+    return state_of(run_dir)["status"] in FINAL or bool(
+        processes and not any(alive(process, run_dir) for process in processes)
+    )
+
+
+def alive(process: Mapping[str, Any], run_dir: RunDir) -> bool:
+    """Whether a process of processes.json runs; one of another host counts as running.
+
+    A process id that another program got meanwhile is told apart by its command line.
+    """
+    if process["host"] != socket.gethostname():
+        return True
+    command = Path(f"/proc/{process['pid']}/cmdline")
+    if command.parent.parent.joinpath("self").exists():
+        return command.exists() and str(run_dir.path).encode() in command.read_bytes()
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return False
+    return True

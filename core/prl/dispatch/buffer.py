@@ -1,0 +1,135 @@
+"""The queues of the controller: bounded, named, and able to say how full they are.
+
+`GroupBuffer` holds admitted groups until a step takes the oldest ones; `BoundedQueue` is first in, first out. A full
+queue makes its producer wait (`put`) or says no (`offer`): that is the controller's back-pressure.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import attrs
+
+from prl.dispatch.change import Change
+from prl.types import Group
+
+T = TypeVar("T")
+
+
+@attrs.frozen(kw_only=True)
+class QueueStatistics:
+    """How full a queue is, and what went through it."""
+
+    name: str
+    capacity: int
+    waiting: int
+    passed: int
+    """Entries taken out so far."""
+    refused: int
+    """Entries offered while it was full."""
+
+
+class BoundedQueue(Generic[T]):
+    """First in, first out, at most `capacity` entries.
+
+    Example:
+        >>> queue = BoundedQueue("letters", capacity=1)
+        >>> queue.offer("a"), queue.offer("b"), queue.statistics().refused
+        (True, False, 1)
+    """
+
+    def __init__(self, name: str, capacity: int) -> None:
+        self._name = name
+        self._capacity = capacity
+        self._entries: deque[T] = deque()
+        self._change = Change()
+        self._closed = False
+        self._passed = 0
+        self._refused = 0
+
+    def offer(self, entry: T) -> bool:
+        """Put without waiting; False when there is no room."""
+        if len(self._entries) >= self._capacity:
+            self._refused += 1
+            return False
+        self._entries.append(entry)
+        self._change.notify()
+        return True
+
+    async def put(self, entry: T) -> None:
+        await self.room()
+        self._entries.append(entry)
+        self._change.notify()
+
+    async def room(self) -> None:
+        """Wait until an entry would fit; a single producer may then `put` without waiting."""
+        await self._change.until(lambda: len(self._entries) < self._capacity)
+
+    async def get(self) -> T | None:
+        """The oldest entry; None once the queue is closed and empty."""
+        await self._change.until(lambda: bool(self._entries) or self._closed)
+        if not self._entries:
+            return None
+        self._passed += 1
+        self._change.notify()
+        return self._entries.popleft()
+
+    def close(self) -> None:
+        """Nothing will be put any more: who waits for an entry gets None when none is left."""
+        self._closed = True
+        self._change.notify()
+
+    def statistics(self) -> QueueStatistics:
+        return QueueStatistics(
+            name=self._name,
+            capacity=self._capacity,
+            waiting=len(self._entries),
+            passed=self._passed,
+            refused=self._refused,
+        )
+
+
+class GroupBuffer:
+    """Admitted groups by id, at most `capacity` of them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._groups: dict[int, Group] = {}
+        self._change = Change()
+        self._passed = 0
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    async def put(self, group: Group) -> None:
+        await self._change.until(lambda: len(self._groups) < self._capacity)
+        self._groups[group.group_id] = group
+        self._change.notify()
+
+    async def take(self, count: int, admit: Callable[[Group], bool]) -> list[Group]:
+        """The `count` groups with the lowest ids that `admit` lets pass, once there are so many.
+
+        Groups it refuses leave the buffer; what becomes of them is the caller's business.
+        """
+        while True:
+            await self._change.until(lambda: len(self._groups) >= count)
+            self._keep(admit)
+            if len(self._groups) >= count:
+                return self._remove_lowest(count)
+
+    def _keep(self, admit: Callable[[Group], bool]) -> None:
+        self._groups = {group_id: group for group_id, group in self._groups.items() if admit(group)}
+        self._change.notify()
+
+    def _remove_lowest(self, count: int) -> list[Group]:
+        taken = [self._groups.pop(group_id) for group_id in sorted(self._groups)[:count]]
+        self._passed += count
+        self._change.notify()
+        return taken
+
+    def statistics(self) -> QueueStatistics:
+        return QueueStatistics(
+            name="ready", capacity=self._capacity, waiting=len(self._groups), passed=self._passed, refused=0
+        )

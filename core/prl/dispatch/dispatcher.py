@@ -1,0 +1,158 @@
+"""Keeps rollouts in flight: starts groups while the scheduler sees capacity, and decides what becomes of each.
+
+    feed -> placement -> admit -> group buffer           a lost, cut or refused group goes back to the feed
+
+`run` waits for something to change the scheduler's mind: a group that ends, a batch that is formed, a version that is
+served, an engine that joins. One child task per group in flight. Knows nothing of credit, packing or metrics: the loop
+that forms batches calls `take`, publication calls `published`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import attrs
+
+from prl.compose.config import RolloutSection
+from prl.dispatch.buffer import GroupBuffer
+from prl.dispatch.engines import EnginePool
+from prl.dispatch.feed import Feed, Issue
+from prl.dispatch.permutation import sampling_seed
+from prl.dispatch.placement import GroupLostError, Placement
+from prl.dispatch.progress import Progress
+from prl.errors import RunError
+from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
+from prl.types import Group, Sampling
+
+log = logging.getLogger(__name__)
+
+_MOST_STEPS_AHEAD = 64  # bounds what is in flight and ready, whatever a scheduler answers
+_MOST_STEPS_LOST = 16  # that many steps' groups lost in a row, and something is broken for good
+
+
+@attrs.define(kw_only=True, eq=False)
+class Dispatcher:
+    """The training half of generation; evaluation has its own (`prl.dispatch.evaluation`)."""
+
+    feed: Feed
+    scheduler: RolloutScheduler
+    placement: Placement
+    engines: EnginePool
+    progress: Progress
+    rollouts: RolloutSection
+    seed: int
+    clock: Callable[[], float]
+    on_group: Callable[[Group, int], None]
+    """Told of every group that arrives, with the version served then."""
+    buffer: GroupBuffer = attrs.field(init=False)
+    _dropped: Counter[str] = attrs.field(factory=Counter, init=False)
+    _in_flight: dict[int, InFlight] = attrs.field(factory=dict, init=False)
+    _cuts: dict[int, Drop] = attrs.field(factory=dict, init=False)
+    _lost_in_a_row: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.buffer = GroupBuffer(_MOST_STEPS_AHEAD * self.rollouts.groups_per_step)
+
+    # --- starting groups ----------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Until cancelled. RunError when groups are lost again and again without one that arrives."""
+        async with asyncio.TaskGroup() as groups:
+            while True:
+                await self.progress.change.until(lambda: self._capacity() > 0)
+                issue = self.feed.next()
+                self._in_flight[issue.group_id] = InFlight(
+                    group_id=issue.group_id, started_version=self.progress.served, started_at=self.clock()
+                )
+                groups.create_task(self._roll(issue))
+
+    def _capacity(self) -> int:
+        if not self.engines.serving:
+            return 0
+        ready, running = len(self.buffer), len(self._in_flight)
+        pipeline = Pipeline(
+            version=self.progress.served, next_version=self.progress.formed, ready=ready, running=running
+        )
+        steps = min(self.progress.steps - self.progress.formed, _MOST_STEPS_AHEAD)
+        return min(self.scheduler.capacity(pipeline), steps * self.rollouts.groups_per_step - ready - running)
+
+    async def _roll(self, issue: Issue) -> None:
+        """One attempt at a group, until it is in the buffer or given back."""
+        drop = None
+        try:
+            group = await self.placement.run(
+                issue, size=self.rollouts.group_size, sampling=self._sampling(issue), version=self.progress.served
+            )
+        except GroupLostError as error:
+            drop = self._lost(issue, error)
+        else:
+            drop = await self._arrived(group)
+        del self._in_flight[issue.group_id]
+        self._cuts.pop(issue.group_id, None)
+        if drop is not None:
+            self._drop(drop)
+        self.progress.change.notify()
+
+    def _sampling(self, issue: Issue) -> Sampling:
+        return Sampling(
+            temperature=self.rollouts.temperature,
+            max_tokens=self.rollouts.max_tokens,
+            min_tokens=self.rollouts.min_tokens,
+            seed=sampling_seed(self.seed, issue.group_id, issue.attempt),
+        )
+
+    # --- what becomes of them -----------------------------------------------------------------------------------------
+    async def _arrived(self, group: Group) -> Drop | None:
+        self._lost_in_a_row = 0
+        self.on_group(group, self.progress.served)
+        drop = self.scheduler.admit(group, self.progress.formed)
+        if drop is None:
+            await self.buffer.put(group)
+        return drop
+
+    def _lost(self, issue: Issue, error: GroupLostError) -> Drop:
+        cut = self._cuts.get(issue.group_id)
+        if cut is not None:
+            return cut
+        log.warning("%s; attempt %d of %d", error, issue.attempt + 1, self.rollouts.retries + 1)
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row >= _MOST_STEPS_LOST * self.rollouts.groups_per_step:
+            raise RunError(f"{self._lost_in_a_row} groups in a row were lost, the last one because: {error}")
+        return Drop(group_id=issue.group_id, reason=error.reason)
+
+    def _drop(self, drop: Drop) -> None:
+        self._dropped[drop.reason] += 1
+        issue = self.feed.outstanding(drop.group_id)
+        if not drop.retry:
+            self.feed.finish([drop.group_id])
+        elif not self.feed.retry(issue):
+            self._dropped["given_up"] += 1
+            log.warning("%s task %d is given up", issue.task.environment, issue.task.index)
+
+    def _admit(self, group: Group) -> bool:
+        drop = self.scheduler.admit(group, self.progress.formed)
+        if drop is not None:
+            self._drop(drop)
+        return drop is None
+
+    # --- called by the other loops ------------------------------------------------------------------------------------
+    async def take(self) -> list[Group]:
+        """The groups of the next batch, in the order of their ids, all admissible at the version `progress.formed`."""
+        return await self.buffer.take(self.rollouts.groups_per_step, self._admit)
+
+    def published(self, version: int) -> None:
+        """Every engine serves `version`: cut what the scheduler no longer wants."""
+        for drop in self.scheduler.on_publish(version, list(self._in_flight.values())):
+            self._cuts[drop.group_id] = drop
+            self.placement.cut(drop.group_id, drop.reason)
+
+    def take_dropped(self) -> Counter[str]:
+        """Groups dropped since the last call, by reason; `given_up` counts those that had no retry left."""
+        dropped, self._dropped = self._dropped, Counter()
+        return dropped
+
+    @property
+    def running(self) -> int:
+        return len(self._in_flight)

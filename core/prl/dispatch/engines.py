@@ -1,0 +1,135 @@
+"""The engines as the controller sees them: which serve, how loaded they are, how busy they were.
+
+An engine that fails to answer is evicted: nothing new goes there, and what runs there is cut and tried elsewhere. It
+serves again once publication has caught it up (`prl.weights.publish`). Knows nothing of tasks or steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from prl.dispatch.change import Change
+from prl.errors import InfrastructureError
+from prl.providers import EngineClient
+
+log = logging.getLogger(__name__)
+
+_STATISTICS_TIMEOUT = 30.0  # seconds
+
+
+@attrs.define(eq=False, kw_only=True)
+class Attempt:
+    """One try at a group, while it lasts."""
+
+    size: int
+    """Rollouts."""
+    deadline: asyncio.Timeout
+    cut_reason: str = ""
+
+    def cut(self, reason: str) -> None:
+        """End it now, as its deadline would; does nothing when it is ending already."""
+        if not self.cut_reason and not self.deadline.expired():
+            self.cut_reason = reason
+            self.deadline.reschedule(asyncio.get_running_loop().time())
+
+
+@attrs.define(eq=False, kw_only=True)
+class Engine:
+    """One engine. `serving`, `version` and `failures` are publication's to change, `attempts` placement's."""
+
+    index: int
+    url: str
+    client: EngineClient
+    version: int = -1
+    """Newest version it has committed; -1 before the first."""
+    serving: bool = False
+    attempts: set[Attempt] = attrs.field(factory=set)
+    """What runs on it."""
+    failures: int = 0
+    """Updates in a row that failed."""
+    busy: float | None = None
+    """Share of the time between its last two reports in which it computed."""
+    _reported_at: float = attrs.field(default=0.0, init=False)
+    _busy_seconds: float = attrs.field(default=0.0, init=False)
+
+    @property
+    def rollouts(self) -> int:
+        return sum(attempt.size for attempt in self.attempts)
+
+    def report(self, busy_seconds: float, now: float) -> None:
+        """Take in its total of seconds computed, read at `now`."""
+        if self._reported_at and now > self._reported_at:
+            share = (busy_seconds - self._busy_seconds) / (now - self._reported_at)
+            self.busy = min(max(share, 0.0), 1.0)
+        self._reported_at, self._busy_seconds = now, busy_seconds
+
+
+class EnginePool:
+    """All engines of a run.
+
+    `watch` is a loop of the controller: it waits for `poll`, then asks every engine that serves for its statistics.
+    """
+
+    def __init__(self, engines: Sequence[Engine], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engines = tuple(engines)
+        self.change = Change()
+        """Notified when an engine starts or stops serving."""
+        self._clock = clock
+        self._poll_due = False
+
+    @property
+    def serving(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.serving]
+
+    async def choose(self) -> Engine:
+        """The serving engine with the fewest rollouts; waits until one serves."""
+        await self.change.until(lambda: bool(self.serving))
+        return min(self.serving, key=lambda engine: (engine.rollouts, engine.index))
+
+    def evict(self, engine: Engine, reason: str) -> None:
+        if engine.serving:
+            log.warning("engine %d (%s) is evicted: %s", engine.index, engine.url, reason)
+        engine.serving = False
+        for attempt in engine.attempts:
+            attempt.cut("engine")
+        self.change.notify()
+
+    def rejoin(self, engine: Engine) -> None:
+        if not engine.serving:
+            log.info("engine %d (%s) serves version %d", engine.index, engine.url, engine.version)
+        engine.serving = True
+        self.change.notify()
+
+    # --- health and load ----------------------------------------------------------------------------------------------
+    def poll(self) -> None:
+        """Ask for fresh statistics soon."""
+        self._poll_due = True
+        self.change.notify()
+
+    @property
+    def idle(self) -> float | None:
+        """Share of the time in which the engines computed nothing, on average; None before two reports."""
+        shares = [engine.busy for engine in self.serving if engine.busy is not None]
+        return 1.0 - sum(shares) / len(shares) if shares else None
+
+    async def watch(self) -> None:
+        while True:
+            await self.change.until(lambda: self._poll_due)
+            self._poll_due = False
+            async with asyncio.TaskGroup() as checks:
+                for engine in self.serving:
+                    checks.create_task(self._check(engine))
+
+    async def _check(self, engine: Engine) -> None:
+        try:
+            async with asyncio.timeout(_STATISTICS_TIMEOUT):
+                statistics = await engine.client.statistics()
+        except (InfrastructureError, TimeoutError) as error:
+            self.evict(engine, f"no statistics: {error}")
+        else:
+            engine.report(statistics["busy_seconds"], self._clock())

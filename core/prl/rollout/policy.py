@@ -1,0 +1,166 @@
+"""The policy as a conversation sees it: tokens in, tokens with logprobs and versions out.
+
+`Policy` holds one client per engine and belongs to the process. `Siblings` belongs to one group: the first turns of its
+rollouts usually ask the same thing, and those that do are sent as one request. Neither knows messages or tasks. Built by
+the group runner, called by conversations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import attrs
+
+from prl.errors import InfrastructureError
+from prl.providers import EngineClient
+from prl.types import Completion, Sampling, StopReason
+
+Connect: TypeAlias = Callable[[str, str], EngineClient]
+"""`(url, token) -> EngineClient`: the `connect` part of an engine provider."""
+
+
+class EngineError(InfrastructureError):
+    """An engine did not answer a request as it should; the message names its URL."""
+
+
+class Policy:
+    """Clients of the engines, one per URL, connected when first asked and kept until `aclose`."""
+
+    def __init__(self, connect: Connect, token: str) -> None:
+        self._connect = connect
+        self._token = token
+        self._clients: dict[str, EngineClient] = {}
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        engine: str,
+        n: int = 1,
+        session: str = "",
+    ) -> list[Completion]:
+        """`n` continuations of prompt by the engine at URL `engine`, each at least one token long.
+
+        EngineError when it cannot answer or was told to abort. Cancelling the task aborts the request.
+        """
+        try:
+            client = self._clients.get(engine)
+            if client is None:
+                client = self._clients[engine] = self._connect(engine, self._token)
+            completions = await client.generate(prompt, sampling, stop=stop, n=n, session=session)
+        except InfrastructureError as error:
+            raise EngineError(f"engine {engine}: {error}") from error
+        _check(completions, n, engine)
+        return completions
+
+    async def aclose(self) -> None:
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            await client.aclose()
+
+
+def _check(completions: Sequence[Completion], n: int, engine: str) -> None:
+    if len(completions) != n:
+        raise EngineError(f"engine {engine} returned {len(completions)} completions where {n} were asked for")
+    for completion in completions:
+        if completion.stop is StopReason.ABORT:
+            raise EngineError(f"engine {engine} aborted the request after {len(completion.tokens)} tokens")
+        if not len(completion.tokens):
+            raise EngineError(f"engine {engine} returned a completion without tokens")
+        columns = {len(completion.tokens), len(completion.logprobs), len(completion.versions)}
+        if len(columns) != 1:
+            raise EngineError(f"engine {engine} returned a completion whose columns differ in length: {columns}")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Request:
+    prompt: Sequence[int]
+    sampling: Sampling
+    stop: Sequence[int]
+    answer: asyncio.Future[Completion]
+
+    def continues(self, other: _Request) -> bool:
+        """Whether an engine asked for one more member of `other` would sample what this request asks for."""
+        return (
+            self.sampling == attrs.evolve(other.sampling, seed=other.sampling.seed + 1)
+            and (self.prompt is other.prompt or list(self.prompt) == list(other.prompt))
+            and self.stop == other.stop
+        )
+
+
+class Siblings:
+    """The requests of one group, to one engine.
+
+    First turns that arrive in the same turn of the event loop and differ only in contiguous seeds are one request with
+    `n` members. Member `i` samples with `seed + i`, so the tokens are those of separate requests. The tasks that carry
+    them live in the group's TaskGroup: they end with it, and a request ends early when nobody waits for it any more.
+    """
+
+    def __init__(self, policy: Policy, *, engine: str, tasks: asyncio.TaskGroup) -> None:
+        self._policy = policy
+        self._engine = engine
+        self._tasks = tasks
+        self._waiting: list[_Request] = []
+
+    async def first(self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int]) -> Completion:
+        """The first turn of a rollout, together with its siblings'.
+
+        It names no session: engines keep what a session computed for its next turn, and most rollouts have none.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Completion] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._send_waiting)
+        self._waiting.append(_Request(prompt=prompt, sampling=sampling, stop=stop, answer=answer))
+        return await answer
+
+    async def later(
+        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], session: str
+    ) -> Completion:
+        """A later turn: its prompt extends the tokens of the turn before, which no sibling shares."""
+        (completion,) = await self._policy.generate(prompt, sampling, stop=stop, session=session, engine=self._engine)
+        return completion
+
+    def _send_waiting(self) -> None:
+        """Cut what is waiting into runs of contiguous seeds, one task each."""
+        waiting = sorted((r for r in self._waiting if not r.answer.done()), key=lambda r: r.sampling.seed)
+        self._waiting.clear()
+        runs: list[list[_Request]] = []
+        for request in waiting:
+            if runs and request.continues(runs[-1][-1]):
+                runs[-1].append(request)
+            else:
+                runs.append([request])
+        for run in runs:
+            task = self._tasks.create_task(self._answer(run))
+            _cancel_when_deserted(task, run)
+
+    async def _answer(self, run: Sequence[_Request]) -> None:
+        first = run[0]
+        try:
+            completions = await self._policy.generate(
+                first.prompt, first.sampling, stop=first.stop, engine=self._engine, n=len(run)
+            )
+        except Exception as error:  # belongs to whoever waits; the group's other requests go on
+            for request in run:
+                if not request.answer.done():
+                    request.answer.set_exception(error)
+            return
+        for request, completion in zip(run, completions, strict=True):
+            if not request.answer.done():
+                request.answer.set_result(completion)
+
+
+def _cancel_when_deserted(task: asyncio.Task[None], run: Sequence[_Request]) -> None:
+    """A sibling that is cancelled cancels its answer; when all have, the engine need not go on."""
+
+    def check(_: asyncio.Future[Completion]) -> None:
+        if all(request.answer.cancelled() for request in run):
+            task.cancel()
+
+    for request in run:
+        request.answer.add_done_callback(check)

@@ -1,0 +1,250 @@
+"""A request becomes a group: siblings roll out side by side, are scored together and recorded.
+
+Knows tasks, environments and the engine a group was sent to, nothing about processes: environment workers run it behind
+a connection, the controller runs it in process for environments that are cheap. A rollout that breaks is a `Failure` of
+its own and never harms a sibling; cancelling `run` cancels everything below it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import traceback
+from collections.abc import Awaitable, Collection, Sequence
+from contextlib import AsyncExitStack
+
+import attrs
+import numpy as np
+
+from prl.compose.compose import Composition
+from prl.compose.config import Run
+from prl.errors import InfrastructureError, PrlError, UserError
+from prl.messages import RunGroup
+from prl.providers import Engine, Env, Environment, Model, Renderer, Score
+from prl.rollout.conversation import Conversation, ConversationOver, Opening
+from prl.rollout.policy import EngineError, Policy, Siblings
+from prl.rollout.tokenizer import load
+from prl.types import Failure, Group, Rollout, Sample, Split, Task, TaskRef, as_tokens
+
+logger = logging.getLogger(__name__)
+SPLITS: tuple[Split, ...] = ("train", "eval")
+
+
+def environment_names(composition: Composition, *, cheap: bool) -> tuple[str, ...]:
+    """Names of the environments that run in the controller (`cheap`) or in environment workers."""
+    providers = [(section.name, composition.provider(section)) for section in composition.run.environments]
+    return tuple(name for name, p in providers if isinstance(p, Environment) and p.cheap is cheap)
+
+
+class GroupRunner:
+    """The environments of one process, and the policy they talk to.
+
+    Example:
+        >>> runner = GroupRunner(composition, composition.run, token, environments=["guessing"])
+        >>> group = await runner.run(request)
+        >>> group.rewards
+        (1.0, 0.0, 0.8, 1.0)
+        >>> await runner.aclose()
+    """
+
+    def __init__(self, composition: Composition, run: Run, token: str, *, environments: Collection[str]) -> None:
+        self._rollouts = run.rollouts
+        self._renderer = _renderer(composition, run)
+        self._policy = _policy(composition, run, token)
+        self._environments: dict[str, Env] = {
+            section.name: composition.build(section, run.run.seed)
+            for section in run.environments
+            if section.name in environments
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """`{"<environment>/<split>": number of tasks}`."""
+        return {f"{name}/{split}": env.size(split) for name, env in self._environments.items() for split in SPLITS}
+
+    async def run(self, request: RunGroup) -> Group:
+        """Roll out, score and record the siblings of one task.
+
+        Raises only when there is no such task or its statement cannot be made; anything later is a `Failure` of the
+        rollouts it concerns.
+        """
+        env, task = self._task(request.task)
+        conversations, failures = await self._converse(env, task, request)
+        rollouts, unscored = await _score(env, task, conversations)
+        return Group(
+            group_id=request.group_id,
+            task=request.task,
+            attempt=request.attempt,
+            started_version=request.version,
+            rollouts=tuple(rollouts),
+            failures=(*failures, *unscored),
+        )
+
+    async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:
+        """Solved conversations as samples of the ce stream; UserError names an environment that has none."""
+        samples = []
+        for ref in tasks:
+            samples.append(self._demonstration(ref))
+            await asyncio.sleep(0)
+        return tuple(samples)
+
+    async def aclose(self) -> None:
+        """Close every environment and client, even when one of them fails to."""
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._policy.aclose)
+            for env in self._environments.values():
+                stack.push_async_callback(env.aclose)
+
+    def _task(self, ref: TaskRef) -> tuple[Env, Task]:
+        env = self._environments.get(ref.environment)
+        if env is None:
+            known = ", ".join(map(repr, self._environments)) or "none"
+            raise UserError(f"no environment {ref.environment!r} in this process; it has {known}")
+        size = env.size(ref.split)
+        if not 0 <= ref.index < size:
+            raise UserError(
+                f"environment {ref.environment!r} has {size} {ref.split} tasks, none with index {ref.index}"
+            )
+        return env, env.task(ref.split, ref.index)
+
+    async def _converse(self, env: Env, task: Task, request: RunGroup) -> tuple[list[Conversation], list[Failure]]:
+        """The siblings' conversations that came to their end, and the failures of the others."""
+        async with asyncio.TaskGroup() as tasks:
+            siblings = Siblings(self._policy, engine=request.engine, tasks=tasks)
+            opening = Opening(self._renderer)
+            conversations = [
+                Conversation(
+                    rollout_id=f"{request.group_id}.{member}",
+                    renderer=self._renderer,
+                    siblings=siblings,
+                    opening=opening,
+                    sampling=attrs.evolve(request.sampling, seed=request.sampling.seed + member),
+                    sequence_length=self._rollouts.sequence_length,
+                )
+                for member in range(request.size)
+            ]
+            holding = [tasks.create_task(_hold(env, task, conversation)) for conversation in conversations]
+        outcomes = [_outcome(c, h) for c, h in zip(conversations, holding, strict=True)]
+        finished = [c for c, outcome in zip(conversations, outcomes, strict=True) if outcome is None]
+        return finished, [outcome for outcome in outcomes if outcome is not None]
+
+    def _demonstration(self, ref: TaskRef) -> Sample:
+        env, task = self._task(ref)
+        messages = env.demonstration(task)
+        if messages is None:
+            raise UserError(
+                f"environment {ref.environment!r} has no demonstration of {ref.split} task {ref.index}, which the "
+                "warm-up needs; set warmup.steps = 0 or its weight to 0"
+            )
+        tokens, said = self._renderer.demonstration(messages)
+        limit = self._rollouts.sequence_length
+        if len(tokens) > limit:
+            raise UserError(
+                f"the demonstration of {ref.split} task {ref.index} of environment {ref.environment!r} takes "
+                f"{len(tokens)} tokens, more than rollouts.sequence_length = {limit}"
+            )
+        return _ce_sample(tokens, said)
+
+
+def _renderer(composition: Composition, run: Run) -> Renderer:
+    model = composition.provider(run.model)
+    assert isinstance(model, Model)
+    renderer: Renderer = composition.load(model.render)(run.model, load(run.tokenizer, model.special_tokens))
+    return renderer
+
+
+def _policy(composition: Composition, run: Run, token: str) -> Policy:
+    engine = composition.provider(run.engine)
+    assert isinstance(engine, Engine)
+    return Policy(composition.load(engine.connect), token)
+
+
+# --- one rollout ------------------------------------------------------------------------------------------------------
+async def _hold(env: Env, task: Task, conversation: Conversation) -> Failure | None:
+    """Hold one conversation to its end; None when it can be scored."""
+    try:
+        await _until_over(env.rollout(task, conversation))
+    except Exception as error:  # whatever an environment raises is its rollout's alone
+        return _failure(conversation, error)
+    if not conversation.turns:
+        return Failure(
+            rollout_id=conversation.rollout_id,
+            where="environment",
+            error="the rollout ended before the policy was asked anything",
+        )
+    return None
+
+
+async def _until_over(rollout: Awaitable[None]) -> None:
+    """A conversation without room ends its rollout, also from inside an environment's own TaskGroup."""
+    try:
+        await rollout
+    except* ConversationOver:
+        pass
+
+
+def _outcome(conversation: Conversation, holding: asyncio.Task[Failure | None]) -> Failure | None:
+    if holding.cancelled():  # not by us: the TaskGroup would have raised
+        error = "the environment cancelled its own rollout"
+        return Failure(rollout_id=conversation.rollout_id, where="environment", error=error)
+    return holding.result()
+
+
+def _failure(conversation: Conversation, error: Exception) -> Failure:
+    where = "engine" if isinstance(error, EngineError) else "environment"
+    return Failure(rollout_id=conversation.rollout_id, where=where, error=describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """A sentence about an error: what was foreseen says it itself, of the rest the place is named and logged."""
+    if isinstance(error, PrlError):
+        return str(error)
+    logger.warning("unforeseen in a rollout", exc_info=error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+# --- a group's scores -------------------------------------------------------------------------------------------------
+async def _score(env: Env, task: Task, conversations: Sequence[Conversation]) -> tuple[list[Rollout], list[Failure]]:
+    """Rollouts of the conversations whose score is a number; a scorer that breaks fails them all."""
+    if not conversations:
+        return [], []
+    try:
+        scores = await env.score(task, conversations)
+        if len(scores) != len(conversations):
+            raise InfrastructureError(f"score returned {len(scores)} scores for {len(conversations)} conversations")
+    except Exception as error:  # an environment may raise anything, and a broken scorer says nothing about the policy
+        return [], [_failure(conversation, error) for conversation in conversations]
+    rollouts: list[Rollout] = []
+    failures: list[Failure] = []
+    for conversation, score in zip(conversations, scores, strict=True):
+        try:
+            rollouts.append(conversation.record(_finite(score)))
+        except (InfrastructureError, TypeError, ValueError) as error:
+            failures.append(_failure(conversation, error))
+    return rollouts, failures
+
+
+def _finite(score: Score) -> Score:
+    """The score as plain floats; InfrastructureError when one of them is no finite number."""
+    numbers = {"reward": float(score.reward), **{name: float(value) for name, value in score.metrics.items()}}
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise InfrastructureError(f"the environment scored {name} = {value}; it must be a finite number")
+    return Score(reward=numbers.pop("reward"), metrics=numbers)
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------
+def _ce_sample(tokens: Sequence[int], said: Sequence[bool]) -> Sample:
+    """A demonstration: nothing of it was sampled, and the ce stream is what the assistant says."""
+    length = len(tokens)
+    return Sample(
+        tokens=as_tokens(tokens),
+        sampled=np.zeros(length, dtype=np.bool_),
+        engine_logprobs=np.zeros(length, dtype=np.float32),
+        versions=np.full(length, -1, dtype=np.int32),
+        advantages=np.zeros(length, dtype=np.float32),
+        temperature=1.0,
+        weights={"ce": np.asarray(said, dtype=np.float32)},
+    )

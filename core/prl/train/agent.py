@@ -1,0 +1,49 @@
+"""The trainer process: torch's elastic agent, which starts the ranks, watches them and stops them together.
+
+Each rank is a process of its own (`prl worker --role trainer-rank`) that finds its peers through the rendezvous this
+agent holds on a free port of the loopback interface. Ranks are not restarted: a run continues from a checkpoint
+instead. They write to the agent's own stdout and stderr, hence into its log. Started by `prl.worker`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from prl.compose.compose import Composition
+from prl.run_dir import RunDir
+
+
+def main(composition: Composition, run_dir: RunDir, index: int) -> int:
+    """Run the trainer's ranks to their end; 0 when all of them ended well, 1 when one failed."""
+    command = [sys.executable, "-m", "prl", "worker", "--run", str(run_dir.path), "--role", "trainer-rank"]
+    return launch([*command, "--index", str(index)], ranks=composition.run.trainer.ranks)
+
+
+def launch(command: Sequence[str], *, ranks: int) -> int:
+    """Run `command` once per rank under the elastic agent."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="prl-trainer",
+        role="trainer",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    executable, *arguments = command
+    try:
+        elastic_launch(config, executable)(*arguments)
+    except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            print(f"trainer rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}", file=sys.stderr)
+        return 1
+    except SignalException as signal:
+        return 128 + int(signal.sigval)
+    return 0

@@ -1,0 +1,211 @@
+"""One trainer rank: builds its part of the trainer, then does what the controller says.
+
+    controller -> rank      TrainStep, Publish, Retire, Save, Stop
+    rank -> controller      Hello, StepDone, Saved, Failed
+
+Every rank receives the same messages in the same order (each with its own micro-batches), so that ranks meet in the
+same collectives. Rank 0 alone writes the weights that engines fetch. Knows nothing of rollouts or rewards; started by
+`prl.train.agent`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from prl.compose.compose import Composition
+from prl.errors import RunError
+from prl.messages import Failed, Hello, Publish, Retire, Save, Saved, StepDone, Stop, TrainStep
+from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
+from prl.run_dir import RunDir
+from prl.train.checkpoint import TrainerState
+from prl.train.export import Exporter
+from prl.train.parallel import Ranks
+from prl.train.step import Stepper, StepReport
+from prl.train.streams import StreamLoss
+from prl.types import STREAMS, Stream
+from prl.wire import Connection
+
+ORDERS = (TrainStep, Publish, Retire, Save, Stop)
+
+
+def main(composition: Composition, run_dir: RunDir) -> int:
+    """Run one rank to the end of the run; rank and world size come from the elastic agent's environment."""
+    torch.set_num_threads(composition.run.trainer.threads)
+    ranks = Ranks.join(composition.run.trainer.device)
+    connection = Connection(run_dir, f"trainer-{ranks.rank}")
+    try:
+        rank = build(composition, run_dir, ranks, connection)
+        rank.serve()
+    except Exception as error:
+        connection.send(Failed(error=f"trainer rank {ranks.rank}: {error}", fatal=True))
+        raise
+    finally:
+        connection.close()
+    ranks.leave()
+    return 0
+
+
+@attrs.define(kw_only=True, eq=False)
+class TrainerRank:
+    """A rank that is ready to train."""
+
+    ranks: Ranks
+    connection: Connection
+    stepper: Stepper
+    state: TrainerState
+    exporter: Exporter
+    version: int
+    """Policy version of the weights it holds."""
+    _waited: float = 0.0
+
+    def serve(self) -> None:
+        """Say hello, then obey until Stop."""
+        self.connection.send(
+            Hello(
+                role="trainer",
+                index=self.ranks.rank,
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                world_size=self.ranks.world_size,
+                version=self.version,
+            )
+        )
+        try:
+            while self._obey(self._next_order()):
+                pass
+        finally:
+            self.exporter.close()
+
+    def _next_order(self) -> Any:
+        started = time.perf_counter()
+        order = self.connection.receive(ORDERS)
+        self._waited += time.perf_counter() - started
+        return order
+
+    def _obey(self, order: Any) -> bool:
+        """False when it was the last."""
+        match order:
+            case TrainStep():
+                self._report(self._train(order), step=order.batch.step, publish=order.publish)
+            case Publish():
+                self._report(StepReport(sums={}, values={}, seconds={}), step=self.version, publish=True)
+            case Retire():
+                self.exporter.retire(order.version)
+            case Save():
+                self.state.save(Path(order.path), step=order.step, version=self.version)
+                self.connection.send(Saved(step=order.step))
+        return not isinstance(order, Stop)
+
+    def _train(self, order: TrainStep) -> StepReport:
+        batch = order.batch
+        if batch.version != self.version:
+            raise RunError(f"step {batch.step} trains version {batch.version}, and this rank holds {self.version}")
+        report = self.stepper.step(batch, batch.ranks[0], order.learning_rate)
+        self.version += 1
+        return report
+
+    def _report(self, report: StepReport, *, step: int, publish: bool) -> None:
+        started = time.perf_counter()
+        manifest = self.exporter.publish(self.version) if publish else None
+        seconds = {"wait": self._waited, **report.seconds, "publish": time.perf_counter() - started}
+        self._waited = 0.0
+        self.connection.send(
+            StepDone(
+                step=step,
+                version=self.version,
+                sums=report.sums,
+                values=report.values,
+                seconds=seconds,
+                manifest=manifest,
+            )
+        )
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: Connection) -> TrainerRank:
+    """Model, optimizer, losses and transport of this rank, restored from a checkpoint where the run names one."""
+    run = composition.run
+    vocab_size = _vocab_size(composition)
+    weight_map = composition.load(_model_provider(composition).weights)(run.model, vocab_size)
+    number_format = composition.build(run.quantization)
+    model = _build_model(composition, ranks, vocab_size, weight_map, number_format)
+    optimizer = composition.build(run.optimizer, model.named_parameters(), run.optimizer.learning_rate)
+    state = TrainerState(
+        model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=run.run.seed
+    )
+    version = state.load(Path(run.checkpoints.resume)) if run.checkpoints.resume else 0
+    return TrainerRank(
+        ranks=ranks,
+        connection=connection,
+        stepper=Stepper(
+            model=model,
+            optimizer=optimizer,
+            losses=_losses(composition),
+            logprob_chunk=run.trainer.logprob_chunk,
+            max_grad_norm=run.trainer.max_grad_norm,
+            device=ranks.device,
+        ),
+        state=state,
+        exporter=Exporter(
+            model=model,
+            weight_map=weight_map,
+            number_format=number_format,
+            sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
+        ),
+        version=version,
+    )
+
+
+def _model_provider(composition: Composition) -> Model:
+    provider = composition.provider(composition.run.model)
+    assert isinstance(provider, Model)
+    return provider
+
+
+def _vocab_size(composition: Composition) -> int:
+    from prl.rollout import tokenizer
+
+    special_tokens = _model_provider(composition).special_tokens
+    return tokenizer.load(composition.run.tokenizer, special_tokens).vocab_size
+
+
+def _build_model(
+    composition: Composition, ranks: Ranks, vocab_size: int, weight_map: WeightMap, number_format: NumberFormat
+) -> nn.Module:
+    """Equal on every rank before it is sharded: the same seed, or the same files."""
+    run = composition.run
+    torch.manual_seed(run.run.seed)
+    with ranks.device:
+        model: Any = composition.build(run.model, vocab_size)
+    model.to(number_format.train_dtype)
+    if run.trainer.initial_weights:
+        from prl.blocks import checkpoint
+
+        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
+    ranks.shard(model, model.layers)
+    return model
+
+
+def _losses(composition: Composition) -> dict[Stream, StreamLoss]:
+    sections = {stream: getattr(composition.run.losses, stream) for stream in STREAMS}
+    return {stream: _stream_loss(composition, section) for stream, section in sections.items() if section is not None}
+
+
+def _stream_loss(composition: Composition, section: Any) -> StreamLoss:
+    provider = composition.provider(section)
+    assert isinstance(provider, Loss)
+    return StreamLoss(function=composition.build(section), needs=provider.needs)
+
+
+def _sender(composition: Composition, run_dir: RunDir) -> Any:
+    provider = composition.provider(composition.run.weights)
+    assert isinstance(provider, WeightTransport)
+    return composition.load(provider.send)(composition.run.weights, run_dir.path)

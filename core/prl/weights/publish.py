@@ -1,0 +1,152 @@
+"""A trained version reaches the engines: prepare while they serve, commit, acknowledge, retire.
+
+    announce(manifest) ──► one keeper per engine: prepare ─► commit ─► acknowledged ──► on_served, retire what is older
+
+A keeper waits for a manifest newer than what its engine holds (or for its engine's eviction) and brings the engine to the
+newest one, skipping what was overtaken. An engine that fails or misses a deadline is evicted and caught up in the same
+way, with pauses that grow; it serves again once it holds a version at least as new as the one served. Runs in the
+controller and never waits for the trainer. Knows nothing of tensors: the bytes travel from trainer to engine through
+the weight transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from prl.dispatch.change import Change
+from prl.dispatch.engines import Engine, EnginePool
+from prl.errors import InfrastructureError, RunError
+from prl.types import Manifest
+
+log = logging.getLogger(__name__)
+
+BYTES_PER_SECOND = 100e6  # what a deadline allows for, on top of `weights.deadline`
+_CATCH_UPS = 3  # per engine, before a run without engines fails
+_LONGEST_PAUSE = 32  # in units of `pause`
+
+
+class Publisher:
+    """Brings every engine to the newest version, and knows which one all of them serve.
+
+    `on_served(version, seconds)` is called when the last serving engine has acknowledged, `seconds` after the version was
+    announced; `retire(version)` for every version that no serving engine will ask for any more.
+    """
+
+    def __init__(
+        self,
+        engines: EnginePool,
+        *,
+        change: Change,
+        deadline: float,
+        on_served: Callable[[int, float], None],
+        retire: Callable[[int], Awaitable[None]],
+        pause: float = 1.0,
+    ) -> None:
+        self._engines = engines
+        self._change = change
+        self._deadline = deadline
+        self._on_served = on_served
+        self._retire = retire
+        self._pause = pause
+        self._newest: Manifest | None = None
+        self._announced: dict[int, float] = {}
+        """Versions not yet retired -> when they were announced."""
+        self.served = -1
+
+    def announce(self, manifest: Manifest) -> None:
+        """A new version can be fetched."""
+        self._newest = manifest
+        self._announced[manifest.version] = time.monotonic()
+        self._change.notify()
+
+    async def first(self, manifest: Manifest) -> None:
+        """Bring every engine to the version the run starts from; RunError when one of them cannot."""
+        self.announce(manifest)
+        async with asyncio.TaskGroup() as updates:
+            for engine in self._engines.engines:
+                updates.create_task(self._first(engine, manifest))
+        await self._acknowledge()
+
+    async def _first(self, engine: Engine, manifest: Manifest) -> None:
+        try:
+            await self._update(engine, manifest)
+        except InfrastructureError as error:
+            raise RunError(f"engine {engine.index} ({engine.url}) cannot load the first weights: {error}") from error
+        self._engines.rejoin(engine)
+
+    async def until_served(self, version: int) -> None:
+        """Wait until every serving engine holds `version` or a newer one."""
+        await self._change.until(lambda: self.served >= version)
+
+    # --- keepers ------------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Until cancelled; RunError when no engine is left and none can be caught up."""
+        async with asyncio.TaskGroup() as keepers:
+            for engine in self._engines.engines:
+                keepers.create_task(self._keep(engine))
+
+    async def _keep(self, engine: Engine) -> None:
+        while True:
+            manifest = await self._wanted(engine)
+            try:
+                await self._update(engine, manifest)
+            except InfrastructureError as error:
+                await self._failed(engine, error)
+            else:
+                await self._succeeded(engine)
+
+    async def _wanted(self, engine: Engine) -> Manifest:
+        """The newest manifest, once the engine needs it."""
+
+        def behind() -> bool:
+            return self._newest is not None and (not engine.serving or engine.version < self._newest.version)
+
+        await self._change.until(behind)
+        assert self._newest is not None, "behind() has seen it"
+        return self._newest
+
+    async def _update(self, engine: Engine, manifest: Manifest) -> None:
+        seconds = self._deadline + manifest.nbytes / BYTES_PER_SECOND
+        await _within(seconds, engine.client.prepare(manifest), f"prepare of version {manifest.version}")
+        await _within(seconds, engine.client.commit(manifest.version), f"commit of version {manifest.version}")
+        engine.version = manifest.version
+
+    async def _succeeded(self, engine: Engine) -> None:
+        engine.failures = 0
+        if engine.version >= self.served:
+            self._engines.rejoin(engine)
+        await self._acknowledge()
+
+    async def _failed(self, engine: Engine, error: InfrastructureError) -> None:
+        engine.failures += 1
+        self._engines.evict(engine, str(error))
+        if all(not other.serving and other.failures > _CATCH_UPS for other in self._engines.engines):
+            raise RunError(
+                f"no engine is left: engine {engine.index} ({engine.url}) failed {engine.failures} updates in a row, "
+                f"the last one because: {error}"
+            )
+        await self._acknowledge()
+        await asyncio.sleep(self._pause * min(2 ** (engine.failures - 1), _LONGEST_PAUSE))
+
+    async def _acknowledge(self) -> None:
+        """Take note of what all serving engines hold by now."""
+        versions = [engine.version for engine in self._engines.serving]
+        if not versions or min(versions) <= self.served:
+            return
+        self.served = min(versions)
+        self._on_served(self.served, time.monotonic() - self._announced[self.served])
+        self._change.notify()
+        for version in [version for version in self._announced if version < self.served]:
+            del self._announced[version]
+            await self._retire(version)
+
+
+async def _within(seconds: float, call: Awaitable[None], what: str) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await call
+    except TimeoutError as error:
+        raise InfrastructureError(f"{what} took longer than {seconds:.0f} s") from error

@@ -1,0 +1,137 @@
+"""Tensors as bytes in a file: written once with a checksum each, read back where they lie.
+
+The weight transports that use files (`shared_memory`, `disk`) and the trainer's checkpoints share these four functions.
+Files are written under a temporary name and renamed, so that a reader never sees half of one. A file that is removed
+while its tensors are in use stays readable: the memory map keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from prl.errors import InfrastructureError, RunError
+from prl.types import TensorRecord
+
+ALIGNMENT = 64
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; no copy for a contiguous tensor on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_raw(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+    """One tensor after the other, each at a multiple of 64 bytes; holds no more than one of them at a time."""
+    return _write_atomically(path, lambda file: tuple(_append(file, tensors, alignment=ALIGNMENT)))
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+    """A safetensors file that any reader of the format understands; the tensors are held until all are known."""
+    held = sorted(tensors, key=lambda item: -item[1].element_size())  # no gaps allowed, so wide elements go first
+    header = _safetensors_header(held)
+
+    def write(file: BinaryIO) -> tuple[TensorRecord, ...]:
+        file.write(len(header).to_bytes(8, "little") + header)
+        return tuple(_append(file, held, alignment=1))
+
+    return _write_atomically(path, write)
+
+
+def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Every recorded tensor, verified, as a view of the file mapped into memory (private: writing to it is allowed).
+
+    Raises:
+        InfrastructureError: names `what` and the tensor that is cut short or whose bytes have another checksum.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else None
+    except FileNotFoundError:
+        raise InfrastructureError(f"{what}: {path} is gone") from None
+    for record in records:
+        yield record.name, _read(mapped, size, record, what)
+
+
+def _read(mapped: mmap.mmap | None, size: int, record: TensorRecord, what: str) -> Tensor:
+    dtype = getattr(torch, record.dtype, None)
+    count = torch.Size(record.shape).numel()
+    if not isinstance(dtype, torch.dtype) or count * dtype.itemsize != record.nbytes or record.offset < 0:
+        raise InfrastructureError(f"{what}: the record of tensor {record.name} contradicts itself: {record}")
+    end = record.offset + record.nbytes
+    if end > size:
+        raise InfrastructureError(f"{what}: tensor {record.name} ends at byte {end}, the file at byte {size}")
+    if mapped is None or count == 0:
+        return torch.empty(record.shape, dtype=dtype)
+    seen = zlib.crc32(memoryview(mapped)[record.offset : end])
+    if seen != record.checksum:
+        raise InfrastructureError(
+            f"{what}: tensor {record.name} has checksum {seen:08x} where {record.checksum:08x} was written"
+        )
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=record.offset).reshape(record.shape)
+
+
+def _append(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]], *, alignment: int) -> Iterator[TensorRecord]:
+    for name, tensor in tensors:
+        file.write(b"\0" * (-file.tell() % alignment))
+        offset, content = file.tell(), tensor_bytes(tensor)
+        file.write(content)
+        yield TensorRecord(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            offset=offset,
+            nbytes=content.nbytes,
+            checksum=zlib.crc32(content),
+        )
+
+
+def _safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    entries: dict[str, object] = {}
+    start = 0
+    for name, tensor in tensors:
+        end = start + tensor.numel() * tensor.element_size()
+        dtype = _SAFETENSORS_DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise RunError(f"tensor {name} is {tensor.dtype}, which a safetensors file cannot hold")
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_atomically(
+    path: Path, write: Callable[[BinaryIO], tuple[TensorRecord, ...]]
+) -> tuple[TensorRecord, ...]:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            records = write(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return records

@@ -1,0 +1,130 @@
+"""The engine as the endpoints see it: checks what is asked, hands it to the model's thread, swaps weights in.
+
+Knows tokens and versions, nothing of HTTP but the statuses of its refusals. Built by `server.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from prl_torch_engine.generation import Generation, Stream
+from prl_torch_engine.refusal import Refusal
+from prl_torch_engine.requests import MAX_STOPS, Request, Result
+from prl_torch_engine.scheduler import Scheduler
+from prl_torch_engine.weights import Weights
+
+from prl.errors import InfrastructureError
+from prl.types import Manifest, Sampling
+
+MAX_SIBLINGS = 1024
+
+
+class Engine:
+    """Generation and weights of one model."""
+
+    def __init__(self, scheduler: Scheduler, generation: Generation, weights: Weights, *, vocab_size: int) -> None:
+        self._scheduler = scheduler
+        self._generation = generation
+        self._weights = weights
+        self._updates = 0
+        self.vocab_size = vocab_size
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a sequence, prompt included."""
+        return self._scheduler.rows.length
+
+    # --- generation -----------------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        n: int,
+        stop: tuple[int, ...],
+        session: str = "",
+        request_id: str = "",
+        streaming: bool = False,
+    ) -> Request:
+        """A request that this engine can serve; Refusal says why not."""
+        if self._scheduler.version < 0:
+            raise Refusal(503, "no weights were committed yet; try again when the first version is published")
+        if not 0 < len(prompt) < self.length:
+            raise Refusal(
+                400, f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {self.length - 1}, and one more"
+            )
+        if sampling.min_tokens > sampling.max_tokens:
+            raise Refusal(400, f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}")
+        if len(stop) > MAX_STOPS:
+            raise Refusal(400, f"{len(stop)} stop tokens; at most {MAX_STOPS} are possible")
+        return Request(
+            request_id=request_id or f"gen-{secrets.token_hex(8)}",
+            prompt=torch.tensor(prompt),
+            sampling=sampling,
+            n=n,
+            stop=stop,
+            session=session,
+            streaming=streaming,
+        )
+
+    async def generate(self, request: Request) -> Result:
+        return await self._generation.generate(request)
+
+    def stream(self, request: Request) -> AbstractContextManager[Stream]:
+        return self._generation.stream(request)
+
+    async def abort(self, request_id: str) -> bool:
+        return await self._generation.abort(request_id)
+
+    async def pause(self) -> None:
+        await self._generation.pause()
+
+    async def resume(self) -> None:
+        await self._generation.resume()
+
+    # --- weights --------------------------------------------------------------------------------------------------
+    async def prepare(self, manifest: Manifest) -> None:
+        """Fetch and verify a version while the one before it is served."""
+        if manifest.version < self._scheduler.version:
+            raise Refusal(409, f"version {manifest.version} is older than {self._scheduler.version}, which is served")
+        try:
+            await asyncio.to_thread(self._weights.prepare, manifest)
+        except InfrastructureError as error:
+            raise Refusal(422, f"version {manifest.version} cannot be prepared: {error}") from error
+
+    async def commit(self, version: int) -> None:
+        """Serve a prepared version from the next step on; what runs goes on. Nothing happens when it is served already."""
+        try:
+            await self._generation.between_steps(lambda: self._swap(version))
+        except InfrastructureError as error:
+            raise Refusal(409, str(error)) from None
+
+    def _swap(self, version: int) -> None:
+        served, staged = self._scheduler.version, self._weights.staged_version
+        if staged == version:
+            self._weights.swap()
+            self._scheduler.set_version(version)
+            self._updates += 1
+        elif served != version:
+            known = "no version is prepared" if staged is None else f"version {staged} is prepared"
+            raise InfrastructureError(f"version {version} was not prepared ({known}, version {served} is served)")
+
+    # --- what a person or the controller asks ---------------------------------------------------------------------
+    def statistics(self) -> Mapping[str, float]:
+        """Totals since the start; `running` and `waiting` count sequences."""
+        scheduler = self._scheduler
+        return {
+            "version": scheduler.version,
+            "running": len(scheduler.batch),
+            "waiting": scheduler.waiting,
+            "paused": int(self._generation.paused),
+            "generated_tokens": scheduler.generated_tokens,
+            "prompt_tokens": scheduler.prompt_tokens,
+            "prefix_hit_tokens": scheduler.reused_tokens,
+            "busy_seconds": self._generation.busy_seconds,
+            "updates": self._updates,
+        }

@@ -1,0 +1,26 @@
+"""`GET /metrics`: the engine's statistics in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_METRICS = {
+    "running": ("gauge", "sequences that decode"),
+    "waiting": ("gauge", "sequences that wait for a row or for their prompt"),
+    "paused": ("gauge", "1 while generation is paused"),
+    "generated_tokens": ("counter", "tokens sampled"),
+    "prompt_tokens": ("counter", "tokens of prompts"),
+    "prefix_hit_tokens": ("counter", "tokens of prompts found in the cache"),
+    "busy_seconds": ("counter", "seconds in which the model computed"),
+    "version": ("gauge", "policy version being served"),
+    "updates": ("counter", "weight updates"),
+}
+
+
+def exposition(statistics: Mapping[str, float]) -> str:
+    """Statistics as text; counters get the suffix `_total` that Prometheus expects."""
+    lines = []
+    for key, (kind, meaning) in _METRICS.items():
+        name = f"prl_engine_{key}" + ("_total" if kind == "counter" else "")
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", f"{name} {statistics[key]:.17g}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""What is asked of the engine and what it answers: plain data, shared by the server and the model's thread."""
+
+from __future__ import annotations
+
+import attrs
+from torch import Tensor
+
+from prl.types import Completion, Int32, Sampling
+
+MAX_STOPS = 16
+"""Most stop tokens of one request."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Request:
+    """A checked request: `n` continuations of one prompt, each of which fits into a row."""
+
+    request_id: str
+    prompt: Tensor  # [P] int64, host
+    sampling: Sampling
+    n: int
+    stop: tuple[int, ...]
+    session: str = ""
+    """Turns of one conversation share it; a finished turn is then kept for the next one."""
+    streaming: bool = False
+    """Report the tokens of every step, not only the finished completions."""
+
+
+@attrs.frozen(kw_only=True)
+class Result:
+    """The answer to a request."""
+
+    request_id: str
+    completions: tuple[Completion, ...]
+    prompt_tokens: int
+    reused_tokens: int
+    """Prompt tokens that were found in the cache."""
+
+
+@attrs.frozen(kw_only=True)
+class Progress:
+    """What one continuation of a streaming request has so far."""
+
+    request_id: str
+    member: int
+    tokens: Int32  # [n so far]
+
+
+@attrs.define(kw_only=True, eq=False)
+class Pending:
+    """A request on its way through the scheduler."""
+
+    request: Request
+    started: int = 0
+    """Members that were given to a job; the others wait for rows."""
+    reused: int = 0
+    completions: dict[int, Completion] = attrs.field(factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.completions) == self.request.n
+
+    def result(self) -> Result:
+        return Result(
+            request_id=self.request.request_id,
+            completions=tuple(self.completions[i] for i in range(self.request.n)),
+            prompt_tokens=len(self.request.prompt),
+            reused_tokens=self.reused,
+        )
+
+
+@attrs.define(kw_only=True, eq=False)
+class Sequence:
+    """One continuation while it decodes."""
+
+    pending: Pending
+    member: int
+    spans: list[tuple[int, int]]
+    """(first token, policy version): where the version that samples changed, ascending."""
+
+
+@attrs.define(kw_only=True, eq=False)
+class Job:
+    """A prompt being computed in a prompt row, for `members` continuations that start from it."""
+
+    pending: Pending
+    members: range
+    row: int
+    done: int
+    """Prompt tokens that already lie in the row."""
+
+    @property
+    def remaining(self) -> int:
+        return len(self.pending.request.prompt) - self.done

@@ -1,0 +1,55 @@
+"""What lies in every row of the caches: which tokens, how many, and whether current weights computed them.
+
+Rows `0 .. sequences - 1` decode (see `batch.py`), the rest hold prompts and kept prefixes (see `prompts.py`). Knows
+nothing of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """The caches with their bookkeeping.
+
+    Invariant: the first `past[r]` entries of `tokens[r]` are the tokens whose keys and values lie in row `r`, and all of
+    them were computed by the weights being served iff `stamps[r] == generation`.
+    """
+
+    def __init__(self, caches: Sequence[Any], *, count: int, length: int, device: torch.device) -> None:
+        self.caches = caches
+        self.count, self.length = count, length
+        self.tokens = torch.zeros(count, length, dtype=torch.int64, device=device)
+        self.past = torch.zeros(count, dtype=torch.int64, device=device)
+        self.stamps = np.full(count, -1, dtype=np.int64)
+        self.generation = 0
+        """How often the weights were replaced; a version's number alone could be committed twice."""
+        self._places = torch.arange(length, device=device)
+
+    def current(self, row: int) -> bool:
+        return bool(self.stamps[row] == self.generation)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of one row into another, of which nothing is left."""
+        for cache in self.caches:
+            cache.copy_row(source, target, length)
+        self.tokens[target, :length] = self.tokens[source, :length]
+        self.past[target] = length
+        self.stamps[target] = self.stamps[source]
+
+    def longest_prefix(self, prompt: Tensor) -> tuple[int, int]:
+        """(row, tokens): where the most of `prompt` [P], short of its last token, lies computed by current weights."""
+        limit = len(prompt) - 1
+        usable = self.stamps == self.generation
+        if limit == 0 or not usable.any():
+            return 0, 0
+        differs = self.tokens[:, :limit] != prompt[:limit].to(self.tokens.device)
+        common = self._places[:limit].where(differs, limit).amin(1).minimum(self.past)
+        common[torch.from_numpy(~usable)] = 0
+        row = int(common.argmax())
+        return row, int(common[row])

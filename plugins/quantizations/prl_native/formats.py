@@ -1,0 +1,32 @@
+"""fp32 and bf16 as `prl.providers.NumberFormat`: nothing but a cast on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+import torch
+from torch import Tensor
+
+from prl_native import Bf16Config, Fp32Config
+
+
+@attrs.frozen(kw_only=True)
+class NativeFormat:
+    """Floating-point tensors travel in the dtype they are served in; integers as they are."""
+
+    train_dtype: torch.dtype
+    serve_dtype: torch.dtype
+    tolerance: float
+
+    def export(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        yield name, tensor.to(self.serve_dtype) if tensor.is_floating_point() else tensor
+
+
+def fp32(config: Fp32Config) -> NativeFormat:
+    return NativeFormat(train_dtype=torch.float32, serve_dtype=torch.float32, tolerance=1e-5)
+
+
+def bf16(config: Bf16Config) -> NativeFormat:
+    """Parameters, optimizer state and arithmetic of the trainer stay float32; only the copy that is sent is rounded."""
+    return NativeFormat(train_dtype=torch.float32, serve_dtype=torch.bfloat16, tolerance=1e-2)

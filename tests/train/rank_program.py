@@ -1,0 +1,110 @@
+"""What each rank of test_parallel.py runs; started as `python -m tests.train.rank_program FOLDER` with RANK and so on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tests.train.tiny import GradientRecorder, TinyModel, build_model, build_stepper, pack_batch, random_samples
+
+from prl.train.checkpoint import TrainerState
+from prl.train.export import Exporter
+from prl.train.parallel import Ranks, full, local
+from prl.types import Batch, Manifest
+
+
+class SameNames:
+    """A weight map that changes nothing, and a number format that changes nothing."""
+
+    def to_hf(self, name, tensor):
+        yield name, tensor
+
+    export = to_hf
+
+
+class ToFile:
+    """A weight sender that keeps what it is sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def send(self, version, tensors):
+        save_file({name: tensor.clone() for name, tensor in tensors}, self.path)
+        return Manifest(version=version, location=str(self.path), tensors=())
+
+
+def sharded_model(ranks: Ranks, seed: int = 0) -> TinyModel:
+    model = build_model(seed)
+    ranks.shard(model, model.layers)
+    return model
+
+
+def train(model: TinyModel, optimizer: torch.optim.Optimizer, *, ranks: Ranks, batch: Batch):
+    return build_stepper(model, optimizer).step(batch, batch.ranks[ranks.rank], 0.01)
+
+
+def record_gradients(ranks: Ranks, folder: Path) -> None:
+    """One batch of three micro-batches, of which one rank has only two that are not empty."""
+    model = sharded_model(ranks)
+    recorder = GradientRecorder(model.named_parameters())
+    batch = pack_batch(random_samples(3), ranks=ranks.world_size, micro_batch_tokens=8)
+    report = train(model, recorder, ranks=ranks, batch=batch)
+    sizes = [len(micro.tokens) for micro in batch.ranks[ranks.rank]]
+    (folder / f"report-{ranks.rank}.json").write_text(
+        json.dumps(
+            {
+                "sums": dict(report.sums),
+                "grad_norm": report.values["grad_norm"],
+                "sizes": sizes,
+                "shard": list(local(model.output.weight).shape),
+            }
+        )
+    )
+    if ranks.rank == 0:
+        save_file(recorder.gradients, folder / "gradients.safetensors")
+
+
+def publish(ranks: Ranks, folder: Path) -> None:
+    names = SameNames()
+    sender = ToFile(folder / "published.safetensors") if ranks.rank == 0 else None
+    model = sharded_model(ranks)
+    manifest = Exporter(model=model, weight_map=names, number_format=names, sender=sender).publish(3)
+    assert (manifest is not None) == (ranks.rank == 0)
+
+
+def resume(ranks: Ranks, folder: Path) -> None:
+    """Save in the middle of three steps, restore into other weights, repeat the last step."""
+    state = trainer_state(ranks, seed=0)
+    batches = [pack_batch(random_samples(6, seed=s), ranks=ranks.world_size) for s in range(3)]
+    for index, batch in enumerate(batches):
+        if index == 2:
+            state.save(folder / "checkpoint", step=2, version=2)
+        train(state.model, state.optimizer, ranks=ranks, batch=batch)
+    resumed = trainer_state(ranks, seed=7)
+    assert resumed.load(folder / "checkpoint") == 2
+    train(resumed.model, resumed.optimizer, ranks=ranks, batch=batches[2])
+    for name, run in (("uninterrupted", state), ("resumed", resumed)):
+        weights = {key: full(tensor).clone() for key, tensor in run.model.state_dict().items()}
+        if ranks.rank == 0:
+            save_file(weights, folder / f"{name}.safetensors")
+
+
+def trainer_state(ranks: Ranks, seed: int) -> TrainerState:
+    model = sharded_model(ranks, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    return TrainerState(model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=seed)
+
+
+def main(folder: Path) -> None:
+    ranks = Ranks.join("cpu")
+    record_gradients(ranks, folder)
+    publish(ranks, folder)
+    resume(ranks, folder)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""The elastic agent around programs that end well, badly, or not by themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from prl.train.agent import launch
+
+
+def rank_program(source: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(source)]
+
+
+def test_every_rank_is_told_who_it_is(tmp_path):
+    program = rank_program(
+        f"""
+        import os, pathlib
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+        pathlib.Path({str(tmp_path)!r}, os.environ["RANK"]).write_text(" ".join(os.environ[n] for n in names))
+        """
+    )
+    assert launch(program, ranks=2) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 127.0.0.1", "1 1 2 127.0.0.1"]
+
+
+def test_a_rank_that_fails_ends_the_others_and_is_named(capfd):
+    program = rank_program(
+        """
+        import os, signal, sys
+        sys.exit(7) if os.environ["RANK"] == "1" else signal.pause()
+        """
+    )
+    assert launch(program, ranks=2) == 1
+    assert "trainer rank 1 (pid " in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_agent_that_is_told_to_stop_stops_its_ranks():
+    rank = rank_program("import os, signal; print(os.getpid(), flush=True); signal.pause()")
+    agent = rank_program(f"from prl.train.agent import launch; raise SystemExit(launch({rank!r}, ranks=1))")
+    with subprocess.Popen(agent, stdout=subprocess.PIPE) as process:
+        try:
+            started = int(process.stdout.readline())  # ranks write where the agent writes
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)

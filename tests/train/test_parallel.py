@@ -1,0 +1,74 @@
+"""Two ranks under the elastic agent (FSDP2 on gloo) against one process: gradients, sums, weights, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.train.tiny import (
+    GradientRecorder,
+    build_model,
+    build_stepper,
+    gradients_of,
+    pack_batch,
+    random_samples,
+    relative_difference,
+)
+
+from prl.train.agent import launch
+
+RANKS = 2
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the ranks left behind; they run once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        assert launch([sys.executable, "-m", "tests.train.rank_program", str(folder)], ranks=RANKS) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder):
+    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_the_work_was_shared_and_one_rank_had_an_empty_micro_batch(reports):
+    (some, more) = sorted((r["sizes"] for r in reports), key=min)
+    assert len(some) == len(more) == 2
+    assert min(some) == 0 < max(some)
+    assert min(more) > 0
+    assert [r["shard"] for r in reports] == [[12, 12], [11, 12]]
+
+
+def test_the_number_of_ranks_does_not_change_the_gradient(folder):
+    expected = gradients_of(pack_batch(random_samples(3)))
+    assert relative_difference(load_file(folder / "gradients.safetensors"), expected) < 1e-5
+
+
+def test_sums_of_the_ranks_add_up_and_the_norm_is_global(reports):
+    batch = pack_batch(random_samples(3))
+    model = build_model()
+    report = build_stepper(model, GradientRecorder(model.named_parameters())).step(batch, batch.ranks[0], 0.0)
+    added = {name: sum(r["sums"].get(name, 0.0) for r in reports) for name in report.sums}
+    assert added == pytest.approx(dict(report.sums), rel=1e-5)
+    assert [r["grad_norm"] for r in reports] == pytest.approx([report.values["grad_norm"]] * RANKS, rel=1e-5)
+
+
+def test_the_rank_that_publishes_sees_whole_tensors(folder):
+    published, expected = load_file(folder / "published.safetensors"), build_model().state_dict()
+    assert published.keys() == expected.keys()
+    assert all(torch.equal(published[name], expected[name]) for name in expected)
+
+
+def test_resumed_ranks_continue_bit_for_bit(folder):
+    resumed, uninterrupted = load_file(folder / "resumed.safetensors"), load_file(folder / "uninterrupted.safetensors")
+    assert not torch.equal(uninterrupted["output.weight"], build_model().output.weight)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)

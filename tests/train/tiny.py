@@ -1,0 +1,144 @@
+"""A language model small enough to check by hand, and random samples of all streams.
+
+Tests import it, and so does `rank_program.py`: the same model and batches, in one process and on several ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prl.blocks.context import Context
+from prl.score.pack import pack
+from prl.train.parallel import full
+from prl.train.step import Stepper
+from prl.train.streams import StreamLoss
+from prl.types import Batch, Sample
+
+VOCAB, WIDTH = 23, 12
+torch.set_num_threads(1)
+
+
+class CausalMean(nn.Module):
+    """Each token sees the mean of its sample so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [T, WIDTH] -> [T, WIDTH]"""
+        sums = torch.cat([sample.cumsum(0) for sample in x.split(context.lengths)])
+        return x + torch.tanh(self.linear(sums / (context.positions + 1).unsqueeze(1)))
+
+
+class TinyModel(nn.Module):
+    """A `prl.providers.LanguageModel` of two layers, with a buffer."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(CausalMean() for _ in range(2))
+        self.output = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def hidden(self, tokens: Tensor, context: Context) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, context)
+        return x * self.scale
+
+    def head(self) -> Tensor:
+        return self.output.weight
+
+
+class GradientRecorder(torch.optim.Optimizer):
+    """Moves nothing; remembers the whole gradients of the last step."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.named = dict(named_parameters)
+        self.gradients: dict[str, Tensor] = {}
+        super().__init__(self.named.values(), {"lr": 0.0})
+
+    def step(self) -> None:
+        self.gradients = {name: full(p.grad).clone() for name, p in self.named.items()}
+
+
+def build_model(seed: int = 0) -> TinyModel:
+    torch.manual_seed(seed)
+    return TinyModel()
+
+
+def build_losses() -> dict[str, StreamLoss]:
+    from prl_policy_gradient import CrossEntropyConfig, DppoConfig, RefKLConfig
+    from prl_policy_gradient.losses import cross_entropy, dppo, ref_kl
+
+    return {
+        "rl": StreamLoss(function=dppo(DppoConfig())),
+        "ce": StreamLoss(function=cross_entropy(CrossEntropyConfig())),
+        "ref_kl": StreamLoss(function=ref_kl(RefKLConfig()), needs=frozenset({"ref_logprobs"})),
+    }
+
+
+def build_stepper(model: nn.Module, optimizer: torch.optim.Optimizer, **changes: object) -> Stepper:
+    settings = {
+        "losses": build_losses(),
+        "logprob_chunk": 7,
+        "max_grad_norm": 1e9,
+        "device": torch.device("cpu"),
+        **changes,
+    }
+    return Stepper(model=model, optimizer=optimizer, **settings)
+
+
+def random_samples(count: int = 6, *, seed: int = 0, version: int = 5) -> list[Sample]:
+    """Samples of 3 to 11 tokens: half of each is sampled and in one stream or two, with weights that are not all 1."""
+    draw = np.random.default_rng(seed)
+    return [_random_sample(draw, index, version) for index in range(count)]
+
+
+def _random_sample(draw: np.random.Generator, index: int, version: int) -> Sample:
+    length = int(draw.integers(3, 12))
+    sampled = np.arange(length) >= (length + 1) // 2
+    stream = ("rl", "ce", "ref_kl")[index % 3]
+    weights = {stream: (sampled * draw.choice([0.0, 0.5, 1.0, 2.0], length)).astype(np.float32)}
+    if stream == "rl":
+        weights["ce"] = (~sampled * (np.arange(length) > 0) * 0.1).astype(np.float32)
+    return Sample(
+        tokens=draw.integers(0, VOCAB, length).astype(np.int32),
+        sampled=sampled,
+        engine_logprobs=np.where(sampled, -np.log(VOCAB) + 0.3 * draw.standard_normal(length), 0).astype(np.float32),
+        versions=np.where(sampled, version - draw.integers(0, 2), -1).astype(np.int32),
+        advantages=np.where(sampled, draw.standard_normal(), 0).astype(np.float32),
+        temperature=float(draw.choice([0.7, 1.0, 1.3])),
+        weights=weights,
+        ref_logprobs=np.where(sampled, -3.0, 0).astype(np.float32),
+    )
+
+
+def pack_batch(
+    samples: Sequence[Sample], *, ranks: int = 1, micro_batch_tokens: int = 1000, step: int = 6, version: int = 5
+) -> Batch:
+    return pack(
+        samples, step=step, version=version, phase="rl", ranks=ranks, micro_batch_tokens=micro_batch_tokens
+    )
+
+
+def gradients_of(batch: Batch, *, seed: int = 0, **changes: object) -> dict[str, Tensor]:
+    """The gradient of a batch packed for one rank, by parameter."""
+    model = build_model(seed)
+    recorder = GradientRecorder(model.named_parameters())
+    build_stepper(model, recorder, **changes).step(batch, batch.ranks[0], 0.0)
+    return recorder.gradients
+
+
+def relative_difference(seen: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest norm of a difference over the norm expected, over tensors of the same names."""
+    assert seen.keys() == expected.keys()
+    return max(((seen[k] - expected[k]).norm() / expected[k].norm().clamp(min=1e-12)).item() for k in expected)
+
