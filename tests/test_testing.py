@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from prl.providers import LossInputs, LossOutput
 from prl.testing import check_loss, loss_inputs
 

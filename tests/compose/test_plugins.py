@@ -35,14 +35,14 @@ def reason(name: str) -> str:
 
 def test_every_kind_has_its_registration_hook() -> None:
     assert len(REGISTRATION) == 11
-    assert LIFECYCLE == {
+    assert {
         "prl_run_start",
         "prl_group_done",
         "prl_step_end",
         "prl_weights_published",
         "prl_checkpoint_saved",
         "prl_run_end",
-    }
+    } == LIFECYCLE
 
 
 def test_a_plugin_that_is_not_installed_gets_the_nearest_name(throwaway_plugin: Throwaway) -> None:
@@ -113,11 +113,11 @@ def test_two_distributions_that_claim_one_name_are_both_named(throwaway_plugin: 
 def test_hooks_are_called_in_the_order_of_the_list_with_the_arguments_they_declare(
     throwaway_plugin: Throwaway,
 ) -> None:
-    for name in ("first", "second"):
+    for name, arguments in (("first", "step"), ("second", "metrics, version")):
         throwaway_plugin(
             name,
             "from prl import hookimpl\nseen = []\n@hookimpl(tryfirst=True)\n"
-            f"def prl_step_end({'step' if name == 'first' else 'metrics, version'}): seen.append(list(locals().items()))",
+            f"def prl_step_end({arguments}): seen.append(list(locals().items()))",
         )
     hooks = Hooks()
     hooks.load(["second", "first"], installed())

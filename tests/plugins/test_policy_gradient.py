@@ -7,11 +7,10 @@ import math
 import attrs
 import pytest
 import torch
-from prl_policy_gradient import CrossEntropyConfig, DppoConfig, RefKLConfig, prl_losses
-from prl_policy_gradient.losses import cross_entropy, dppo, ref_kl
-
 from prl.testing import check_loss, loss_inputs
 from prl.train.streams import LossBatch
+from prl_policy_gradient import CrossEntropyConfig, DppoConfig, RefKLConfig, prl_losses
+from prl_policy_gradient.losses import cross_entropy, dppo, ref_kl
 
 
 def one_token(

@@ -1,4 +1,4 @@
-"""What each rank of test_parallel.py runs; started as `python -m tests.train.rank_program FOLDER` with RANK and so on."""
+"""What each rank of test_parallel.py runs: `python -m tests.train.rank_program FOLDER`, under the elastic agent."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tests.train.tiny import GradientRecorder, TinyModel, build_model, build_stepper, pack_batch, random_samples
-
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter
 from prl.train.parallel import Ranks, full, local
 from prl.types import Batch, Manifest
+from safetensors.torch import save_file
+from torch import nn
 
-
-class SameNames:
-    """A weight map that changes nothing, and a number format that changes nothing."""
-
-    def to_hf(self, name, tensor):
-        yield name, tensor
-
-    export = to_hf
+from tests.train.tiny import (
+    MODELS,
+    GradientRecorder,
+    SameNames,
+    build_stepper,
+    pack_batch,
+    random_samples,
+)
 
 
 class ToFile:
@@ -36,35 +35,31 @@ class ToFile:
         return Manifest(version=version, location=str(self.path), tensors=())
 
 
-def sharded_model(ranks: Ranks, seed: int = 0) -> TinyModel:
-    model = build_model(seed)
-    ranks.shard(model, model.layers)
+def sharded_model(ranks: Ranks, *, name: str = "tiny", seed: int = 0) -> nn.Module:
+    model = MODELS[name](seed)
+    ranks.shard(model)
     return model
 
 
-def train(model: TinyModel, optimizer: torch.optim.Optimizer, *, ranks: Ranks, batch: Batch):
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: Ranks, batch: Batch):
     return build_stepper(model, optimizer).step(batch, batch.ranks[ranks.rank], 0.01)
 
 
-def record_gradients(ranks: Ranks, folder: Path) -> None:
-    """One batch of three micro-batches, of which one rank has only two that are not empty."""
-    model = sharded_model(ranks)
+def record_gradients(ranks: Ranks, folder: Path, name: str) -> None:
+    """One batch of three micro-batches: one rank is given an empty one too."""
+    model = sharded_model(ranks, name=name)
     recorder = GradientRecorder(model.named_parameters())
     batch = pack_batch(random_samples(3), ranks=ranks.world_size, micro_batch_tokens=8)
     report = train(model, recorder, ranks=ranks, batch=batch)
-    sizes = [len(micro.tokens) for micro in batch.ranks[ranks.rank]]
-    (folder / f"report-{ranks.rank}.json").write_text(
-        json.dumps(
-            {
-                "sums": dict(report.sums),
-                "grad_norm": report.values["grad_norm"],
-                "sizes": sizes,
-                "shard": list(local(model.output.weight).shape),
-            }
-        )
-    )
+    seen = {
+        "sums": dict(report.sums),
+        "grad_norm": report.values["grad_norm"],
+        "sizes": [len(micro.tokens) for micro in batch.ranks[ranks.rank]],
+        "shard": list(local(model.get_parameter(next(iter(recorder.named)))).shape),
+    }
+    (folder / f"{name}-{ranks.rank}.json").write_text(json.dumps(seen))
     if ranks.rank == 0:
-        save_file(recorder.gradients, folder / "gradients.safetensors")
+        save_file(recorder.gradients, folder / f"{name}-gradients.safetensors")
 
 
 def publish(ranks: Ranks, folder: Path) -> None:
@@ -93,14 +88,15 @@ def resume(ranks: Ranks, folder: Path) -> None:
 
 
 def trainer_state(ranks: Ranks, seed: int) -> TrainerState:
-    model = sharded_model(ranks, seed)
+    model = sharded_model(ranks, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     return TrainerState(model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=seed)
 
 
 def main(folder: Path) -> None:
     ranks = Ranks.join("cpu")
-    record_gradients(ranks, folder)
+    for name in MODELS:
+        record_gradients(ranks, folder, name)
     publish(ranks, folder)
     resume(ranks, folder)
     ranks.leave()

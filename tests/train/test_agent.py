@@ -9,7 +9,6 @@ import sys
 import textwrap
 
 import pytest
-
 from prl.train.agent import launch
 
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.train.tiny import build_model, build_stepper, pack_batch, random_samples
-from torch import nn
-
 from prl.errors import CheckpointError
 from prl.train.checkpoint import TrainerState
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.train.tiny import build_model, build_stepper, pack_batch, random_samples
 
 
 def trainer(seed: int = 0, optimizer_class=torch.optim.AdamW, **settings) -> TrainerState:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from prl.train.logprobs import token_scores
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS, WIDTH, VOCAB = 50, 16, 37
 
@@ -79,9 +78,7 @@ def test_bfloat16_states_give_float32_scores_of_the_rounded_logits():
 
 def test_no_rows_still_reach_every_parameter():
     hidden, head, targets, temperatures, _ = problem()
-    scores = token_scores(
-        hidden[:0], head, targets=targets[:0], temperatures=temperatures[:0], chunk=8, entropy=True
-    )
+    scores = token_scores(hidden[:0], head, targets=targets[:0], temperatures=temperatures[:0], chunk=8, entropy=True)
     scores.logprobs.sum().backward()
     assert torch.equal(head.grad, torch.zeros_like(head))
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from prl.train.agent import launch
 from safetensors.torch import load_file
+
 from tests.train.tiny import (
+    MODELS,
     GradientRecorder,
     build_model,
     build_stepper,
@@ -18,8 +21,6 @@ from tests.train.tiny import (
     random_samples,
     relative_difference,
 )
-
-from prl.train.agent import launch
 
 RANKS = 2
 REPOSITORY = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(RANKS)]
+    return [json.loads((folder / f"tiny-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 def test_the_work_was_shared_and_one_rank_had_an_empty_micro_batch(reports):
@@ -48,9 +49,10 @@ def test_the_work_was_shared_and_one_rank_had_an_empty_micro_batch(reports):
     assert [r["shard"] for r in reports] == [[12, 12], [11, 12]]
 
 
-def test_the_number_of_ranks_does_not_change_the_gradient(folder):
-    expected = gradients_of(pack_batch(random_samples(3)))
-    assert relative_difference(load_file(folder / "gradients.safetensors"), expected) < 1e-5
+@pytest.mark.parametrize("model_name", MODELS)
+def test_the_number_of_ranks_does_not_change_the_gradient(folder, model_name):
+    expected = gradients_of(pack_batch(random_samples(3)), model_name=model_name)
+    assert relative_difference(load_file(folder / f"{model_name}-gradients.safetensors"), expected) < 1e-5
 
 
 def test_sums_of_the_ranks_add_up_and_the_norm_is_global(reports):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from prl.compose.config import ScheduleSection
 from prl.train.schedule import learning_rate
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.train.tiny import build_losses
-
 from prl.errors import RunError
 from prl.train.logprobs import TokenScores
 from prl.train.streams import no_tokens, predicted_tokens, stream_losses
 from prl.types import MicroBatch
+
+from tests.train.tiny import build_losses
 
 CPU = torch.device("cpu")
 

@@ -5,18 +5,22 @@ Tests import it, and so does `rank_program.py`: the same model and batches, in o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from prl.blocks.context import Context
 from prl.score.pack import pack
 from prl.train.parallel import full
 from prl.train.step import Stepper
 from prl.train.streams import StreamLoss
 from prl.types import Batch, Sample
+from prl_policy_gradient import CrossEntropyConfig, DppoConfig, RefKLConfig
+from prl_policy_gradient.losses import cross_entropy, dppo, ref_kl
+from prl_qwen3 import Qwen3Config
+from prl_qwen3.network import build as qwen3
+from torch import Tensor, nn
 
 VOCAB, WIDTH = 23, 12
 torch.set_num_threads(1)
@@ -40,11 +44,11 @@ class TinyModel(nn.Module):
 
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int = VOCAB) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.embedding = nn.Embedding(vocab_size, WIDTH)
         self.layers = nn.ModuleList(CausalMean() for _ in range(2))
-        self.output = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.output = nn.Linear(WIDTH, vocab_size, bias=False)
         self.register_buffer("scale", torch.tensor(1.5))
 
     def hidden(self, tokens: Tensor, context: Context) -> Tensor:
@@ -55,6 +59,15 @@ class TinyModel(nn.Module):
 
     def head(self) -> Tensor:
         return self.output.weight
+
+
+class SameNames:
+    """A weight map and a number format that change nothing."""
+
+    def to_hf(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield name, tensor
+
+    export = to_hf
 
 
 class GradientRecorder(torch.optim.Optimizer):
@@ -74,10 +87,17 @@ def build_model(seed: int = 0) -> TinyModel:
     return TinyModel()
 
 
-def build_losses() -> dict[str, StreamLoss]:
-    from prl_policy_gradient import CrossEntropyConfig, DppoConfig, RefKLConfig
-    from prl_policy_gradient.losses import cross_entropy, dppo, ref_kl
+def build_qwen3(seed: int = 0, *, experts: int = 0) -> nn.Module:
+    """A real model family at the same vocabulary, dense or with experts."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8}
+    return qwen3(Qwen3Config(**sizes, experts=experts, expert_intermediate_size=12), VOCAB)
 
+
+MODELS = {"tiny": build_model, "qwen3": build_qwen3, "qwen3_moe": functools.partial(build_qwen3, experts=4)}
+
+
+def build_losses() -> dict[str, StreamLoss]:
     return {
         "rl": StreamLoss(function=dppo(DppoConfig())),
         "ce": StreamLoss(function=cross_entropy(CrossEntropyConfig())),
@@ -124,14 +144,12 @@ def _random_sample(draw: np.random.Generator, index: int, version: int) -> Sampl
 def pack_batch(
     samples: Sequence[Sample], *, ranks: int = 1, micro_batch_tokens: int = 1000, step: int = 6, version: int = 5
 ) -> Batch:
-    return pack(
-        samples, step=step, version=version, phase="rl", ranks=ranks, micro_batch_tokens=micro_batch_tokens
-    )
+    return pack(samples, step=step, version=version, phase="rl", ranks=ranks, micro_batch_tokens=micro_batch_tokens)
 
 
-def gradients_of(batch: Batch, *, seed: int = 0, **changes: object) -> dict[str, Tensor]:
+def gradients_of(batch: Batch, *, model_name: str = "tiny", **changes: object) -> dict[str, Tensor]:
     """The gradient of a batch packed for one rank, by parameter."""
-    model = build_model(seed)
+    model = MODELS[model_name]()
     recorder = GradientRecorder(model.named_parameters())
     build_stepper(model, recorder, **changes).step(batch, batch.ranks[0], 0.0)
     return recorder.gradients
@@ -141,4 +159,3 @@ def relative_difference(seen: dict[str, Tensor], expected: dict[str, Tensor]) ->
     """Largest norm of a difference over the norm expected, over tensors of the same names."""
     assert seen.keys() == expected.keys()
     return max(((seen[k] - expected[k]).norm() / expected[k].norm().clamp(min=1e-12)).item() for k in expected)
-

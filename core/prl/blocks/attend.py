@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from prl.blocks import padding
 from prl.blocks.cache import KeyValueCache
@@ -32,10 +32,10 @@ else:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float, cache: KeyValueCache | None = None
 ) -> Tensor:
-    """Attention of the new tokens over their own sequences.
+    """Attention of the new tokens over their own sequences: [T, H, D].
 
-    q [T, H, D], k and v [T, G, D] with G a divisor of H (grouped queries), `scale` multiplies q k^T. With a cache the new
-    k and v are stored in it first, and earlier tokens are read from it. Returns [T, H, D].
+    q [T, H, D], k and v [T, G, D] with G a divisor of H (grouped queries), `scale` multiplies q k^T. With a cache the
+    new k and v are stored in it first, and earlier tokens are read from it.
     """
     if cache is not None:
         cache.write(k, v, context)
@@ -60,13 +60,13 @@ def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: fl
     return layout.unpad(rectangles)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
-) -> Tensor:
-    """q, k, v [S, L, heads, D] -> [S, L, H, D]. The CPU kernel reads grouped keys in place; expanding them costs 20%."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """q, k, v [S, L, heads, D] -> [S, L, H, D]. Kernels read grouped keys in place; expanding them costs a CPU 20%."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
     return out.transpose(1, 2)
 
 
@@ -76,18 +76,26 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: f
         lengths = torch.tensor((0, *context.lengths), dtype=torch.int32)
         context.memo["bounds"] = lengths.cumsum(0, dtype=torch.int32).to(q.device)
     bounds, longest = context.memo["bounds"], context.longest
-    out: Tensor = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
-    )
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
     return out
 
 
 def _one_token(q: Tensor, cache: KeyValueCache, context: Context, scale: float) -> Tensor:
-    """The queries of a group attend to the same keys, so they take the place of the kernel's query positions."""
+    """The queries of a group attend to the same keys, so they take the place of a kernel's query positions."""
     k, v = cache.read(context)  # [S, G, context.longest, D]
-    grouped = q.unflatten(1, (k.shape[1], -1))  # [S, G, H / G, D]
+    grouped = torch.unflatten(q, 1, (k.shape[1], -1))  # [S, G, H / G, D]
     mask = None if context.past_min == context.past_max else _visible(context, context.positions[:, None], q.dtype)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
+    if q.is_cuda or q.dtype is not torch.float32:
+        return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
+    return _batched_products(grouped, k, v, mask, scale).view_as(q)
+
+
+def _batched_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [S, G, Q, D], k and v [S, G, L, D] -> [S * G, Q, D]; for few queries 20% faster than a CPU's flash kernel."""
+    bias = q.new_zeros(1, 1, 1) if mask is None else mask.expand(-1, q.shape[1], -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1))
 
 
 def _continued(q: Tensor, cache: KeyValueCache, context: Context, scale: float) -> Tensor:
@@ -97,10 +105,11 @@ def _continued(q: Tensor, cache: KeyValueCache, context: Context, scale: float) 
         assert context.past is not None, "a context with caches has past"
         context.memo["square"] = layout, context.past[:, None] + torch.arange(layout.shapes[0][1], device=q.device)
     layout, positions = context.memo["square"]
-    (padded,) = layout.pad(q)  # [S, L, H, D]
-    k, v = cache.read(context)
-    mask = _visible(context, positions, q.dtype)
-    return layout.unpad([_sdpa(padded, k.transpose(1, 2), v.transpose(1, 2), scale=scale, mask=mask)])
+    (queries,) = layout.pad(q)  # [S, L, H, D]
+    k, v = (cached.transpose(1, 2) for cached in cache.read(context))
+    rectangle = _sdpa(queries, k, v, scale=scale, mask=_visible(context, positions, q.dtype))
+    unpadded: Tensor = layout.unpad([rectangle])
+    return unpadded
 
 
 def _visible(context: Context, positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), with optional query-key norm and rotary positions."""
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), query-key norm and rotary positions optional."""
 
 from __future__ import annotations
 

@@ -23,35 +23,33 @@ class KeyValueCache:
     def __init__(
         self, *, rows: int, length: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        shape = (rows, kv_heads, length, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # [rows, kv_heads, length, head_dim]
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self._stored = torch.zeros(2, rows, kv_heads, length, head_dim, dtype=dtype, device=device)
+        self.k, self.v = self._stored.unbind()  # [rows, kv_heads, length, head_dim]
         self.length = length
 
     def write(self, k: Tensor, v: Tensor, context: Context) -> None:
         """k, v [T, kv_heads, head_dim] of the new tokens, each to its row and position."""
-        places = self._places(context)
-        for stored, new in ((self.k, k), (self.v, v)):
-            stored.view(-1, stored.shape[-1]).index_copy_(0, places, new.reshape(-1, new.shape[-1]))
+        new = torch.cat((k, v)).view(-1, k.shape[-1])
+        self._stored.view(-1, k.shape[-1]).index_copy_(0, self._places(context), new)
 
     def read(self, context: Context) -> tuple[Tensor, Tensor]:
-        """k, v [S, kv_heads, context.longest, head_dim] of the context's sequences; views when their rows are a slice."""
+        """k, v [S, kv_heads, context.longest, head_dim] of the context's sequences; views when `rows` is a slice."""
         rows = context.rows
         return self.k[rows, :, : context.longest], self.v[rows, :, : context.longest]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of one row into another."""
-        self.k[target, :, :length] = self.k[source, :, :length]
-        self.v[target, :, :length] = self.v[source, :, :length]
+        self._stored[:, target, :, :length] = self._stored[:, source, :, :length]
 
     def _places(self, context: Context) -> Tensor:
-        """[T * kv_heads] row of each new vector in the cache seen as [rows * kv_heads * length, head_dim]."""
-        heads = self.k.shape[1]
-        key = ("cache places", heads, self.length)
+        """[2 * T * kv_heads] where each new key, then each new value, lies in the storage seen as [..., head_dim]."""
+        rows, heads, length, _ = self.k.shape
+        key = ("cache places", rows, heads, length)
         if key not in context.memo:
             head = torch.arange(heads, device=self.k.device)
-            first = (_rows_of_tokens(context)[:, None] * heads + head) * self.length
-            context.memo[key] = (first + context.positions[:, None]).flatten()
+            first = (_rows_of_tokens(context)[:, None] * heads + head) * length
+            keys = (first + context.positions[:, None]).flatten()
+            context.memo[key] = torch.cat((keys, keys + rows * heads * length))
         places: Tensor = context.memo[key]
         return places
 

@@ -1,13 +1,14 @@
 """What every mixer may know about the packed tokens it is given.
 
 One layout for training and serving: `T` tokens of `S` sequences one after the other. Training has no caches and every
-sequence starts at position 0. Serving gives each sequence a cache row in which `past` tokens already lie; a decoding step
-is the case of one new token per sequence.
+sequence starts at position 0. Serving gives each sequence a cache row in which `past` tokens already lie; a decoding
+step is the case of one new token per sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -49,7 +50,7 @@ class Context:
     def packed(cls, cu_seqlens: Tensor) -> Context:
         """For training: cu_seqlens [S + 1] int, host side; positions are built on the current default device."""
         bounds = cu_seqlens.tolist()
-        lengths = tuple(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        lengths = tuple(b - a for a, b in pairwise(bounds))
         positions = _positions(lengths, first=[0] * len(lengths))
         return cls(lengths=lengths, positions=positions, longest=max(lengths, default=0))
 

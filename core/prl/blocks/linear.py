@@ -1,8 +1,8 @@
 """Matrix products of packed tokens: a `Linear` without bias whose CPU kernel is the fastest at hand.
 
-Called by every block and by whoever computes logits from `LanguageModel.head()`. In float32 torch sends products to MKL,
-which keeps to AVX2 on processors that are not Intel's; oneDNN, in the same torch, uses AVX-512 on all (measured on Zen 5,
-one thread, 5120 x 128 x 512: 90 and 220 GFLOP/s). Small products stay with MKL, whose calls cost less.
+Called by every block and by whoever computes logits from `LanguageModel.head()`. In float32 torch sends products to
+MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, in the same torch, uses AVX-512 on all (measured on
+Zen 5, one thread, 5120 x 128 x 512: 90 and 220 GFLOP/s). Small products stay with MKL, whose calls cost less.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional
 
 _ONEDNN_MIN_PRODUCTS = 2**20
 """Multiply-adds from which oneDNN's faster kernel outweighs its dearer call (10 us); measured."""
@@ -20,7 +20,7 @@ _ONEDNN_MIN_PRODUCTS = 2**20
 
 def _onednn_available() -> bool:
     return (
-        torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -32,9 +32,9 @@ _ONEDNN = _onednn_available()
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, I], weight [O, I] -> [T, O] = x @ weight.T, differentiable in both."""
     if not (_ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu" and type(weight) in _PLAIN):
-        return F.linear(x, weight)
+        return functional.linear(x, weight)
     if len(x) * weight.numel() < _ONEDNN_MIN_PRODUCTS:
-        return F.linear(x, weight)
+        return functional.linear(x, weight)
     if torch.is_grad_enabled():
         product: Tensor = _OneDnnLinear.apply(x, weight)  # type: ignore[no-untyped-call]
         return product
@@ -65,14 +65,14 @@ class _OneDnnLinear(Function):
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [T, O], x [T, I] -> grad.T @ x [O, I], contiguous. oneDNN copies its transposed first argument: the smaller."""
+    """grad [T, O], x [T, I] -> grad.T @ x [O, I]. oneDNN copies a transposed first argument, so that is the smaller."""
     if grad.shape[1] <= x.shape[1]:
         return _onednn(grad.t(), x.t())
     return _onednn(x.t(), grad.t()).t().contiguous()
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias through `linear`; weight [out_features, in_features], left for the model to initialise."""
+    """`nn.Linear` without bias, through `linear`; weight [out_features, in_features] is left for the model to draw."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional
 
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
@@ -19,7 +19,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         gated: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
         return gated
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return functional.silu(gate) * up
 
 
 class _SwiGlu(Function):
@@ -29,7 +29,7 @@ class _SwiGlu(Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _SwiGlu(Function):
         gate, up = gate_up.chunk(2, -1)
         gradient = torch.empty_like(gate_up)
         for_gate, for_up = gradient.chunk(2, -1)
-        torch.mul(F.silu(gate), grad, out=for_up)
+        torch.mul(functional.silu(gate), grad, out=for_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=for_gate)
         return gradient
 

@@ -7,8 +7,8 @@ no loop over experts, and the same result for the same tokens on every run.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prl.blocks.context import Context
 from prl.blocks.mlp import swiglu
@@ -25,7 +25,7 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64."""
-        probabilities = F.linear(x.float(), self.weight.float()).softmax(-1)
+        probabilities = functional.linear(x.float(), self.weight.float()).softmax(-1)
         return self.weigh(probabilities, self.choose(probabilities))
 
     def choose(self, probabilities: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=offsets)
-        return F.grouped_mm(swiglu(gate_up), self.down_proj.transpose(1, 2), offs=offsets)
+        gate_up = functional.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=offsets)
+        return functional.grouped_mm(swiglu(gate_up), self.down_proj.transpose(1, 2), offs=offsets)
 
 
 class MixtureOfExperts(nn.Module):
@@ -68,6 +68,7 @@ class MixtureOfExperts(nn.Module):
         offsets = torch.bincount(chosen.flatten(), minlength=len(self.gate.weight)).cumsum(0).int()
         # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
         copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
-        sorted_outputs = self.experts(copies.index_select(0, order), offsets)
-        outputs = sorted_outputs.index_select(0, order.argsort()).unflatten(0, (tokens, count))
-        return (outputs * weights[..., None]).sum(1).to(x.dtype)
+        sorted_outputs: Tensor = self.experts(copies.index_select(0, order), offsets)
+        outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
+        mixed: Tensor = (outputs * weights[..., None]).sum(1).to(x.dtype)
+        return mixed

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,28 +20,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return normed
     if weight.dim() == 1:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x, weight.shape[-1:], None, eps) * weight
+        return functional.rms_norm(x, list(weight.shape), weight, eps)
+    return functional.rms_norm(x, [weight.shape[-1]], None, eps) * weight
 
 
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        normed = x * scale
+        ctx.save_for_backward(normed, weight, scale)
+        return normed * weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """With n = x * scale and g = grad * weight: dx = scale * (g - n * mean(g * n)), dw = sum(grad * n)."""
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        weighted = grad * weight
-        leading = tuple(range(x.dim() - weight.dim()))
-        for_weight = (grad * normed).sum(leading)
-        along = (weighted * normed).mean(-1, keepdim=True)
-        return weighted.addcmul_(normed, along, value=-1).mul_(scale), for_weight, None
+        normed, weight, scale = ctx.saved_tensors
+        product = grad * normed
+        for_weight = product.sum(tuple(range(product.dim() - weight.dim())))
+        weighted_sum = product.matmul(weight)[..., None] if weight.dim() == 1 else (product * weight).sum(-1, True)
+        mean = weighted_sum.div_(weight.shape[-1])
+        return (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale), for_weight, None
 
 
 class RMSNorm(nn.Module):

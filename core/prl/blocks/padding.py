@@ -1,8 +1,8 @@
 """Ragged packed sequences as rectangles and back, for attention kernels that only know rectangles.
 
 Sequences of similar length share a rectangle, so that less than a third of the padded tokens is padding; when all
-lengths are equal the rectangle is a view of the packed tokens. Padding comes last, so a causal kernel needs no mask: no real token
-attends to it, and what padding attends to is thrown away.
+lengths are equal the rectangle is a view of the packed tokens. Padding comes last, so a causal kernel needs no mask: no
+real token attends to it, and what padding attends to is thrown away.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Padding:
         """x [T, ...] -> one [sequences, length, ...] for each rectangle."""
         padded = x if self.source is None else x.index_select(0, self.source)
         areas = [count * length for count, length in self.shapes]
-        parts = padded.split(areas) if len(areas) > 1 else (padded,)
+        parts = torch.split(padded, areas) if len(areas) > 1 else (padded,)
         for part, shape in zip(parts, self.shapes, strict=True):
-            yield part.unflatten(0, shape)
+            yield torch.unflatten(part, 0, shape)
 
     def unpad(self, rectangles: Sequence[Tensor]) -> Tensor:
         """One [sequences, length, ...] for each rectangle -> [T, ...]."""

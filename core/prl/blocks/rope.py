@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import torch
 from torch import Tensor
@@ -23,20 +25,30 @@ class RotaryEmbedding:
 
     head_dim: int
     theta: float
+    _known: dict[Any, Tensor] = attrs.field(factory=dict, init=False, eq=False, repr=False)
+    """(device, dtype) -> [N, 2, D] tables of the first N positions: decoding looks up, it does not compute."""
 
     def tables(self, context: Context, dtype: torch.dtype) -> Tables:
-        """Angles are computed in float32, once per forward pass."""
+        """For the context's tokens. Angles are computed in float32."""
         key = (self, dtype)
         if key not in context.memo:
-            context.memo[key] = self._tables(context.positions, dtype)
+            positions = context.positions
+            rows = self._first(context.longest, positions.device, dtype).index_select(0, positions)
+            context.memo[key] = Tables(rows[:, :1], rows[:, 1:])
         tables: Tables = context.memo[key]
         return tables
 
-    def _tables(self, positions: Tensor, dtype: torch.dtype) -> Tables:
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
-        angles = positions.float()[:, None, None] * (1.0 / self.theta**exponents)
-        cos, sin = angles.cos(), angles.sin()
-        return Tables(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+    def _first(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[>= count, 2, D]; grows by doubling."""
+        key = (device, dtype)
+        if key not in self._known or len(self._known[key]) < count:
+            positions = torch.arange(max(256, 2 ** (count - 1).bit_length()), device=device, dtype=torch.float32)
+            exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+            angles = positions[:, None] * (1.0 / self.theta**exponents)
+            cos, sin = angles.cos(), angles.sin()
+            rows = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
+            self._known[key] = rows.to(dtype)
+        return self._known[key]
 
 
 def rotate(x: Tensor, tables: Tables) -> Tensor:

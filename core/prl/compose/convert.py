@@ -257,7 +257,7 @@ def _out_of_bounds(fields: Iterable[attrs.Attribute[Any]], instance: Any) -> lis
             if not isinstance(instance, types.SimpleNamespace):
                 raise
         except (ValueError, TypeError) as error:
-            problems.append(Problem(field.alias, _bound(field, error)))
+            problems.append(Problem(field.alias or field.name, _bound(field, error)))
     return problems
 
 

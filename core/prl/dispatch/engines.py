@@ -75,9 +75,11 @@ class EnginePool:
     `watch` is a loop of the controller: it waits for `poll`, then asks every engine that serves for its statistics.
     """
 
-    def __init__(self, engines: Sequence[Engine], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, engines: Sequence[Engine], change: Change, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.engines = tuple(engines)
-        self.change = Change()
+        self.change = change
         """Notified when an engine starts or stops serving."""
         self._clock = clock
         self._poll_due = False

@@ -1,11 +1,12 @@
-"""Where tasks become rollouts: environment workers behind the hub, or cheap environments inside the controller.
+"""Where tasks become rollouts: environment workers behind the hub, and cheap environments inside the controller.
 
 Both kinds answer the same two calls; who calls (`placement`, `warmup`) cannot tell them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -18,11 +19,11 @@ from prl.types import Group, Sample, TaskRef
 
 
 class Runner(Protocol):
-    """What `prl.rollout.worker.GroupRunner` offers to run environments in this process."""
+    """What `prl.rollout.runner.GroupRunner` offers to run environments in this process."""
 
-    async def run(self, request: RunGroup, /) -> Group: ...
+    async def run(self, request: RunGroup) -> Group: ...
 
-    async def demonstrate(self, tasks: tuple[TaskRef, ...], /) -> tuple[Sample, ...]: ...
+    async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]: ...
 
 
 @attrs.frozen(eq=False)
@@ -32,53 +33,71 @@ class RemoteRunner:
     hub: Hub
     peer: bytes
 
-    async def run(self, request: RunGroup, /) -> Group:
+    async def run(self, request: RunGroup) -> Group:
         group: Group = (await self.hub.request(self.peer, request)).group
         return group
 
-    async def demonstrate(self, tasks: tuple[TaskRef, ...], /) -> tuple[Sample, ...]:
-        answer = await self.hub.request(self.peer, Demonstrate(request=0, tasks=tasks))
+    async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:
+        answer = await self.hub.request(self.peer, Demonstrate(request=0, tasks=tuple(tasks)))
         samples: tuple[Sample, ...] = answer.samples
         return samples
 
 
-@attrs.define(eq=False)
-class _Place:
+@attrs.define(kw_only=True, eq=False)
+class Place:
+    """A runner and the environments it has."""
+
     runner: Runner
+    environments: frozenset[str]
     busy: int = 0
     """Calls that have not returned."""
 
 
 class EnvironmentPool:
-    """Every runner of the run. One whose connection is gone is left out from then on."""
+    """Every place where tasks can run. One whose connection is gone is left out from then on."""
 
-    def __init__(self, runners: Sequence[Runner]) -> None:
-        self._places = [_Place(runner) for runner in runners]
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._places = list(places)
 
     async def run(self, request: RunGroup) -> Group:
-        """Have a group rolled out by the least busy runner; InfrastructureError when it cannot."""
-        async with self._least_busy() as runner:
+        """Have a group rolled out where least is going on; InfrastructureError when that place cannot."""
+        async with self._least_busy(request.task.environment) as runner:
             return await runner.run(request)
 
-    async def demonstrate(self, tasks: tuple[TaskRef, ...]) -> tuple[Sample, ...]:
-        """Samples of the ce stream; tasks without a demonstration give none."""
-        async with self._least_busy() as runner:
+    async def demonstrate(self, tasks: Sequence[TaskRef]) -> list[Sample]:
+        """Demonstrations of tasks of any environments, divided between the places that have them."""
+        async with asyncio.TaskGroup() as calls:
+            parts = [calls.create_task(self._demonstrate(part)) for part in self._divide(tasks)]
+        return [sample for part in parts for sample in part.result()]
+
+    def _divide(self, tasks: Sequence[TaskRef]) -> list[list[TaskRef]]:
+        parts = []
+        for name in sorted({task.environment for task in tasks}):
+            chosen = [task for task in tasks if task.environment == name]
+            places = max(1, len(self._having(name)))
+            parts += [chosen[start::places] for start in range(min(places, len(chosen)))]
+        return parts
+
+    async def _demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:
+        async with self._least_busy(tasks[0].environment) as runner:
             return await runner.demonstrate(tasks)
 
-    def __len__(self) -> int:
-        return len(self._places)
+    def _having(self, environment: str) -> list[Place]:
+        return [place for place in self._places if environment in place.environments]
 
     @asynccontextmanager
-    async def _least_busy(self) -> AsyncIterator[Runner]:
-        if not self._places:
-            raise RunError("every environment worker has lost its connection; `prl logs` shows why")
-        place = min(self._places, key=lambda place: place.busy)
+    async def _least_busy(self, environment: str) -> AsyncIterator[Runner]:
+        places = self._having(environment)
+        if not places:
+            raise RunError(
+                f"no environment worker with {environment!r} is connected any more; `prl logs` shows why they ended"
+            )
+        place = min(places, key=lambda place: place.busy)
         place.busy += 1
         try:
             yield place.runner
         except DisconnectedError:
-            if place in self._places:
-                self._places.remove(place)
+            self._places = [other for other in self._places if other is not place]
             raise
         finally:
             place.busy -= 1

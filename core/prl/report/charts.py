@@ -84,6 +84,17 @@ STEP_CHARTS: tuple[Chart, ...] = (
         from_zero=False,
     ),
     Chart(
+        title="Importance ratio",
+        meaning="Probability of a token under the trained policy over that under the one that sampled it, on average.",
+        metrics={"loss/rl/ratio": "ratio"},
+        from_zero=False,
+    ),
+    Chart(
+        title="Masked",
+        meaning="Share of tokens that the loss took out, or clipped, because they had moved too far.",
+        metrics={"loss/rl/(masked|clipped)": r"\1"},
+    ),
+    Chart(
         title="Warm-up loss",
         meaning="Cross-entropy per token on the environment's demonstrations, before reinforcement learning.",
         metrics={"loss/ce": "ce"},

@@ -29,15 +29,17 @@ class Sampled:
 
 
 def sample(path: Path) -> list[Sampled]:
-    """Rollouts of the beginning and of the end of a run; empty when there is no file or nothing whole in it."""
+    """Rollouts of the beginning and of the end of a run; of the whole when it is short, nothing when there is none."""
     if not path.is_file():
         return []
     early, late = first_rows(path), last_rows(path)
     if path.stat().st_size <= WINDOW_BYTES:
         rows = _parsed(path.read_bytes().splitlines())
+        if len(rows) <= 4 * SHOWN:
+            return [_chosen("All", rows)] if rows else []
         part = max(2 * SHOWN, len(rows) // 10)
         early, late = rows[:part], rows[-part:]
-    return [_chosen("Early", early), _chosen("Late", late[::-1])] if early else []
+    return [_chosen("Early", early), _chosen("Late", late[::-1])]
 
 
 def first_rows(path: Path) -> list[Row]:

@@ -4,8 +4,8 @@
     ask(next messages)    ->                        |   as it is   | extension | sampled turn -> reply
 
 A later turn extends the token ids of the one before it: what was sampled is never decoded and encoded again, and the
-work of a turn is proportional to its new tokens. Knows no task and no reward. Built by the group runner, one per rollout,
-and handed to `Env.rollout` and `Env.score`.
+work of a turn is proportional to its new tokens. Knows no task and no reward. The group runner builds one per rollout
+and hands it to `Env.rollout` and `Env.score`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The policy as a conversation sees it: tokens in, tokens with logprobs and versions out.
 
 `Policy` holds one client per engine and belongs to the process. `Siblings` belongs to one group: the first turns of its
-rollouts usually ask the same thing, and those that do are sent as one request. Neither knows messages or tasks. Built by
-the group runner, called by conversations.
+rollouts usually ask the same thing, and those that do are sent as one request. Neither knows messages or tasks. The
+group runner builds them, conversations call them.
 """
 
 from __future__ import annotations

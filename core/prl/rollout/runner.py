@@ -191,6 +191,8 @@ def _outcome(conversation: Conversation, holding: asyncio.Task[Failure | None]) 
 
 
 def _failure(conversation: Conversation, error: Exception) -> Failure:
+    while isinstance(error, ExceptionGroup):  # an environment with a TaskGroup of its own
+        error = error.exceptions[0]
     where = "engine" if isinstance(error, EngineError) else "environment"
     return Failure(rollout_id=conversation.rollout_id, where=where, error=describe(error))
 

@@ -49,7 +49,9 @@ class SimulatedEngine:
         self.busy_seconds = 0.0
         """Time with at least one running sequence."""
         self.slot_seconds = 0.0
-        """Running sequences integrated over time."""
+        """Running sequences, integrated over time."""
+        self.queue_seconds = 0.0
+        """Waiting sequences, integrated over time."""
         self.waiting: deque[Decoding] = deque()
         self.running = 0
         self.rollouts = 0
@@ -137,20 +139,21 @@ class SimulatedEngine:
             self._progress += elapsed / self._cluster.decode_step(self.running)
             self.busy_seconds += elapsed
             self.slot_seconds += elapsed * self.running
+            self.queue_seconds += elapsed * len(self.waiting)
         self._now = now
         self.ticket += 1
 
     def _fill(self) -> None:
         while self.waiting and self.running < self._cluster.slots:
             sequence = self.waiting.popleft()
-            if sequence.live:
-                sequence.start = self._progress
-                heapq.heappush(self._heap, (self._progress + sequence.plan.tokens, self._joined, sequence))
-                self._joined += 1
-                self.running += 1
+            sequence.start = self._progress
+            heapq.heappush(self._heap, (self._progress + sequence.plan.tokens, self._joined, sequence))
+            self._joined += 1
+            self.running += 1
 
     def _leave(self, sequence: Decoding) -> int:
         if sequence.start < 0.0:
+            self.waiting.remove(sequence)
             return 0
         self.running -= 1
         return self._sampled_by(sequence, self._progress)

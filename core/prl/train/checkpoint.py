@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from prl.errors import CheckpointError, InfrastructureError
 from prl.train.parallel import local
 from prl.types import TensorRecord
-from prl.weights.tensors import read_tensors, write_safetensors
+from prl.weights.tensors import read_tensors, write_atomically, write_safetensors
 
 FORMAT = 1
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prl.blocks.linear import linear
+
 
 class TokenScores(NamedTuple):
     """What is known of `N` predicted tokens."""
@@ -62,8 +64,8 @@ class _TokenScores(torch.autograd.Function):
             grad_logits = _log_softmax(hidden[rows], head, temperatures[rows]).exp_().mul_(-grad[rows])
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
             grad_logits = grad_logits.div_(temperatures[rows]).to(head.dtype)
-            grad_hidden[rows] = grad_logits @ head
-            grad_head.addmm_(grad_logits.T, hidden[rows])
+            grad_hidden[rows] = linear(grad_logits, head.t())
+            grad_head += linear(grad_logits.t(), hidden[rows].t())
         return grad_hidden, grad_head, None, None, None, None
 
 
@@ -73,4 +75,4 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
 
 def _log_softmax(hidden: Tensor, head: Tensor, temperatures: Tensor) -> Tensor:
     """[n, vocab] float32, a tensor of its own that may be overwritten."""
-    return torch.log_softmax((hidden @ head.T).float().div_(temperatures), dim=-1)
+    return torch.log_softmax(linear(hidden, head).float().div_(temperatures), dim=-1)

@@ -40,11 +40,14 @@ class Ranks:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         return cls(rank=rank, world_size=world_size, device=chosen, mesh=init_device_mesh(chosen.type, (world_size,)))
 
-    def shard(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
-        """FSDP2: one unit per layer and one for the rest. Gradients become SUMS over ranks: denominators are global."""
+    def shard(self, model: nn.Module) -> None:
+        """Shard a `prl.providers.LanguageModel` with FSDP2: one unit per layer and one for the rest.
+
+        Gradients become SUMS over ranks, because the denominators of the losses are global.
+        """
         if self.mesh is None:
             return
-        for layer in layers:
+        for layer in model.get_submodule("layers").children():
             fully_shard(layer, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
         register_fsdp_forward_method(model, "hidden")

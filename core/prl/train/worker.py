@@ -20,10 +20,12 @@ import attrs
 import torch
 from torch import nn
 
+from prl.blocks import checkpoint
 from prl.compose.compose import Composition
-from prl.errors import RunError
+from prl.errors import PrlError, RunError
 from prl.messages import Failed, Hello, Publish, Retire, Save, Saved, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
+from prl.rollout import tokenizer
 from prl.run_dir import RunDir
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter
@@ -45,7 +47,8 @@ def main(composition: Composition, run_dir: RunDir) -> int:
         rank = build(composition, run_dir, ranks, connection)
         rank.serve()
     except Exception as error:
-        connection.send(Failed(error=f"trainer rank {ranks.rank}: {error}", fatal=True))
+        reason = str(error) if isinstance(error, PrlError) else f"{type(error).__name__}: {error}"
+        connection.send(Failed(error=reason, fatal=True))
         raise
     finally:
         connection.close()
@@ -171,8 +174,6 @@ def _model_provider(composition: Composition) -> Model:
 
 
 def _vocab_size(composition: Composition) -> int:
-    from prl.rollout import tokenizer
-
     special_tokens = _model_provider(composition).special_tokens
     return tokenizer.load(composition.run.tokenizer, special_tokens).vocab_size
 
@@ -184,13 +185,11 @@ def _build_model(
     run = composition.run
     torch.manual_seed(run.run.seed)
     with ranks.device:
-        model: Any = composition.build(run.model, vocab_size)
+        model: nn.Module = composition.build(run.model, vocab_size)
     model.to(number_format.train_dtype)
     if run.trainer.initial_weights:
-        from prl.blocks import checkpoint
-
         checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
-    ranks.shard(model, model.layers)
+    ranks.shard(model)
     return model
 
 

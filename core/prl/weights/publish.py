@@ -2,9 +2,9 @@
 
     announce(manifest) ──► one keeper per engine: prepare ─► commit ─► acknowledged ──► on_served, retire what is older
 
-A keeper waits for a manifest newer than what its engine holds (or for its engine's eviction) and brings the engine to the
-newest one, skipping what was overtaken. An engine that fails or misses a deadline is evicted and caught up in the same
-way, with pauses that grow; it serves again once it holds a version at least as new as the one served. Runs in the
+A keeper waits for a manifest newer than what its engine holds (or for its engine's eviction) and brings the engine to
+the newest one, skipping what was overtaken. An engine that fails or misses a deadline is evicted and caught up in the
+same way, with pauses that grow; it serves again once it holds a version at least as new as the one served. Runs in the
 controller and never waits for the trainer. Knows nothing of tensors: the bytes travel from trainer to engine through
 the weight transport.
 """
@@ -31,8 +31,8 @@ _LONGEST_PAUSE = 32  # in units of `pause`
 class Publisher:
     """Brings every engine to the newest version, and knows which one all of them serve.
 
-    `on_served(version, seconds)` is called when the last serving engine has acknowledged, `seconds` after the version was
-    announced; `retire(version)` for every version that no serving engine will ask for any more.
+    `on_served(version, seconds)` is called when the last serving engine has acknowledged, `seconds` after the version
+    was announced; `retire(version)` for every version that no serving engine will ask for any more.
     """
 
     def __init__(
@@ -76,10 +76,6 @@ class Publisher:
         except InfrastructureError as error:
             raise RunError(f"engine {engine.index} ({engine.url}) cannot load the first weights: {error}") from error
         self._engines.rejoin(engine)
-
-    async def until_served(self, version: int) -> None:
-        """Wait until every serving engine holds `version` or a newer one."""
-        await self._change.until(lambda: self.served >= version)
 
     # --- keepers ------------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -139,8 +135,10 @@ class Publisher:
         self.served = min(versions)
         self._on_served(self.served, time.monotonic() - self._announced[self.served])
         self._change.notify()
-        for version in [version for version in self._announced if version < self.served]:
+        old = [version for version in self._announced if version < self.served]
+        for version in old:
             del self._announced[version]
+        for version in old:
             await self._retire(version)
 
 

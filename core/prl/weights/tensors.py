@@ -1,8 +1,7 @@
 """Tensors as bytes in a file: written once with a checksum each, read back where they lie.
 
-The weight transports that use files (`shared_memory`, `disk`) and the trainer's checkpoints share these four functions.
-Files are written under a temporary name and renamed, so that a reader never sees half of one. A file that is removed
-while its tensors are in use stays readable: the memory map keeps it.
+The weight transports of one host or file system (`shared_memory`, `disk`) and the trainer's checkpoints share these
+functions. A file that is removed while its tensors are in use stays readable: the memory map keeps it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from torch import Tensor
 from prl.errors import InfrastructureError, RunError
 from prl.types import TensorRecord
 
+Writer: TypeAlias = Callable[[BinaryIO, Iterable[tuple[str, Tensor]]], tuple[TensorRecord, ...]]
+"""`write_raw` or `write_safetensors`."""
 ALIGNMENT = 64
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -44,21 +45,31 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def write_raw(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+def write_raw(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
     """One tensor after the other, each at a multiple of 64 bytes; holds no more than one of them at a time."""
-    return _write_atomically(path, lambda file: tuple(_append(file, tensors, alignment=ALIGNMENT)))
+    records = tuple(_append(file, tensors, alignment=ALIGNMENT))
+    file.flush()
+    return records
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+def write_safetensors(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
     """A safetensors file that any reader of the format understands; the tensors are held until all are known."""
     held = sorted(tensors, key=lambda item: -item[1].element_size())  # no gaps allowed, so wide elements go first
     header = _safetensors_header(held)
+    file.write(len(header).to_bytes(8, "little") + header)
+    return tuple(_append(file, held, alignment=1))
 
-    def write(file: BinaryIO) -> tuple[TensorRecord, ...]:
-        file.write(len(header).to_bytes(8, "little") + header)
-        return tuple(_append(file, held, alignment=1))
 
-    return _write_atomically(path, write)
+def write_atomically(path: Path, write: Writer, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+    """`write` the tensors into a new file that takes the place of `path` once it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            records = write(file, tensors)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return records
 
 
 def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> Iterator[tuple[str, Tensor]]:
@@ -122,16 +133,3 @@ def _safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
         start = end
     text = json.dumps(entries).encode()
     return text + b" " * (-len(text) % 8)
-
-
-def _write_atomically(
-    path: Path, write: Callable[[BinaryIO], tuple[TensorRecord, ...]]
-) -> tuple[TensorRecord, ...]:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            records = write(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return records

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import attrs
 from attrs import validators
-
 from prl import hookimpl, option
 from prl.compose.config import EngineConfig, Run
 from prl.providers import Engine

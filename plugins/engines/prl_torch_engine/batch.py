@@ -10,16 +10,16 @@ import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prl_torch_engine.requests import MAX_STOPS, Job, Sequence
-from prl_torch_engine.rows import Rows
-from prl_torch_engine.sampling import GOLDEN, draw, stream, uniforms
-from torch import Tensor
-
 from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.errors import InfrastructureError
 from prl.providers import LanguageModel
 from prl.types import Completion, Float32, Int32, StopReason
+from torch import Tensor
+
+from prl_torch_engine.requests import MAX_STOPS, Job, Sequence
+from prl_torch_engine.rows import Rows
+from prl_torch_engine.sampling import GOLDEN, draw, stream, uniforms
 
 _LAST, _LIMIT, _MINIMUM = range(3)
 
@@ -142,7 +142,7 @@ class Batch:
         return self.append(window, linear(hidden, self._model.head()))
 
     def append(self, window: Window, logits: Tensor) -> list[int]:
-        """Sample the token after the `past` computed ones of each row from `logits` [n, vocab], which may be changed."""
+        """Sample the token after the `past` computed ones of each row from `logits` [n, vocab], which may change."""
         logprobs = self._distribution(window, logits.float())
         tokens = self._draw(window, logprobs)
         places = window.base + window.past

@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
-from prl_torch_engine.refusal import Refusal
+
+from prl_torch_engine.refusal import RefusedError
 
 
 class Body:
-    """A JSON object being taken apart; Refusal 400 names the field, the value seen and what was expected.
+    """A JSON object being taken apart; RefusedError 400 names the field, the value seen and what was expected.
 
     A field that is null counts as absent, as in OpenAI's and vLLM's APIs.
     """
 
     def __init__(self, value: object, path: str = "") -> None:
         if not isinstance(value, Mapping):
-            raise Refusal(400, f"{path or 'the body'} must be a JSON object, got {_seen(value)}")
+            raise RefusedError(400, f"{path.rstrip('.') or 'the body'} must be a JSON object, got {_seen(value)}")
         self._fields: dict[str, Any] = {name: v for name, v in value.items() if v is not None}
         self._path = path
 
@@ -68,6 +69,10 @@ class Body:
         """The object in field `name`, empty when it is absent."""
         return Body(self._take(name, {}), f"{self._path}{name}.")
 
+    def rest(self) -> Mapping[str, Any]:
+        """All fields that were not taken, for a reader of its own."""
+        return self._fields
+
     def value(self, name: str) -> Any:
         """Whatever the field holds, None when it is absent."""
         return self._fields.pop(name, None)
@@ -80,8 +85,8 @@ class Body:
         if self._fields:
             raise self.refuse(next(iter(self._fields)), "is not supported by this engine; leave it out")
 
-    def refuse(self, name: str, problem: str) -> Refusal:
-        return Refusal(400, f"{self._path}{name} {problem}")
+    def refuse(self, name: str, problem: str) -> RefusedError:
+        return RefusedError(400, f"{self._path}{name} {problem}")
 
     def _take(self, name: str, default: Any) -> Any:
         value = self._fields.pop(name, default)
@@ -95,7 +100,7 @@ async def read(request: web.Request) -> Body:
     try:
         return Body(json.loads(await request.read()))
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from None
+        raise RefusedError(400, f"the body is not JSON: {error}") from None
 
 
 def _seen(value: object) -> str:

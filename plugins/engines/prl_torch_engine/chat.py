@@ -12,17 +12,17 @@ from typing import Any
 
 import attrs
 from aiohttp import web
+from prl.errors import UserError
+from prl.providers import Renderer, Tokenizer
+from prl.types import Completion, Message
+
 from prl_torch_engine import body
 from prl_torch_engine.body import Body
 from prl_torch_engine.engine import MAX_SIBLINGS, Engine
 from prl_torch_engine.events import ChatEvents
 from prl_torch_engine.generate import sampling_of, usage
-from prl_torch_engine.refusal import Refusal
+from prl_torch_engine.refusal import RefusedError
 from prl_torch_engine.requests import Request
-
-from prl.errors import UserError
-from prl.providers import Renderer, Tokenizer
-from prl.types import Completion, Message
 
 _NEUTRAL = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "top_logprobs": 0}
 _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
@@ -69,7 +69,7 @@ class ChatEndpoint:
     def _parse(self, fields: Body) -> _Chat:
         model = fields.text("model", self._model)
         if model != self._model:
-            raise Refusal(404, f"the model {model!r} does not exist; this engine serves {self._model!r}")
+            raise RefusedError(404, f"the model {model!r} does not exist; this engine serves {self._model!r}")
         for name, neutral in _NEUTRAL.items():
             if fields.value(name) not in (None, neutral):
                 raise fields.refuse(name, f"must be {neutral} or absent: the policy is sampled as it is")
@@ -96,7 +96,7 @@ class ChatEndpoint:
         try:
             return self._renderer.start(messages)
         except UserError as error:
-            raise Refusal(400, f"the messages cannot be rendered: {error}") from None
+            raise RefusedError(400, f"the messages cannot be rendered: {error}") from None
 
     # --- the answer -----------------------------------------------------------------------------------------------
     def _envelope(self, request_id: str, kind: str) -> dict[str, Any]:

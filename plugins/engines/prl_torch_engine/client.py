@@ -11,11 +11,11 @@ from typing import Any
 
 import aiohttp
 import attrs
-from prl_torch_engine.columns import MEDIA_TYPE, unpack
-from prl_torch_engine.refusal import sentence_in
-
 from prl.errors import InfrastructureError
 from prl.types import Completion, Manifest, Sampling
+
+from prl_torch_engine.columns import MEDIA_TYPE, unpack
+from prl_torch_engine.refusal import sentence_in
 
 CONNECT_SECONDS = 10.0
 

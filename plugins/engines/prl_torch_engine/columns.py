@@ -11,7 +11,6 @@ import struct
 from collections.abc import Sequence
 
 import attrs
-
 from prl import wire
 from prl.types import Completion
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
+from prl.errors import InfrastructureError
+from prl.types import Manifest, Sampling
+
 from prl_torch_engine.generation import Generation, Stream
-from prl_torch_engine.refusal import Refusal
+from prl_torch_engine.refusal import RefusedError
 from prl_torch_engine.requests import MAX_STOPS, Request, Result
 from prl_torch_engine.scheduler import Scheduler
 from prl_torch_engine.weights import Weights
-
-from prl.errors import InfrastructureError
-from prl.types import Manifest, Sampling
 
 MAX_SIBLINGS = 1024
 
@@ -50,17 +50,18 @@ class Engine:
         request_id: str = "",
         streaming: bool = False,
     ) -> Request:
-        """A request that this engine can serve; Refusal says why not."""
+        """A request that this engine can serve; RefusedError says why not."""
         if self._scheduler.version < 0:
-            raise Refusal(503, "no weights were committed yet; try again when the first version is published")
+            raise RefusedError(503, "no weights were committed yet; try again when the first version is published")
         if not 0 < len(prompt) < self.length:
-            raise Refusal(
-                400, f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {self.length - 1}, and one more"
+            raise RefusedError(
+                400,
+                f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {self.length - 1} of them",
             )
         if sampling.min_tokens > sampling.max_tokens:
-            raise Refusal(400, f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}")
+            raise RefusedError(400, f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}")
         if len(stop) > MAX_STOPS:
-            raise Refusal(400, f"{len(stop)} stop tokens; at most {MAX_STOPS} are possible")
+            raise RefusedError(400, f"{len(stop)} stop tokens; at most {MAX_STOPS} are possible")
         return Request(
             request_id=request_id or f"gen-{secrets.token_hex(8)}",
             prompt=torch.tensor(prompt),
@@ -90,18 +91,19 @@ class Engine:
     async def prepare(self, manifest: Manifest) -> None:
         """Fetch and verify a version while the one before it is served."""
         if manifest.version < self._scheduler.version:
-            raise Refusal(409, f"version {manifest.version} is older than {self._scheduler.version}, which is served")
+            served = self._scheduler.version
+            raise RefusedError(409, f"version {manifest.version} is older than version {served}, which is served")
         try:
             await asyncio.to_thread(self._weights.prepare, manifest)
         except InfrastructureError as error:
-            raise Refusal(422, f"version {manifest.version} cannot be prepared: {error}") from error
+            raise RefusedError(422, f"version {manifest.version} cannot be prepared: {error}") from error
 
     async def commit(self, version: int) -> None:
-        """Serve a prepared version from the next step on; what runs goes on. Nothing happens when it is served already."""
+        """Serve a prepared version from the next step on; requests go on. The served version is no change."""
         try:
             await self._generation.between_steps(lambda: self._swap(version))
         except InfrastructureError as error:
-            raise Refusal(409, str(error)) from None
+            raise RefusedError(409, str(error)) from None
 
     def _swap(self, version: int) -> None:
         served, staged = self._scheduler.version, self._weights.staged_version

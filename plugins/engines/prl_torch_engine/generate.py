@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import secrets
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from aiohttp import web
+from prl.types import Completion, Sampling
+
 from prl_torch_engine import body
 from prl_torch_engine.body import Body
 from prl_torch_engine.columns import MEDIA_TYPE, Completions, pack
 from prl_torch_engine.engine import MAX_SIBLINGS, Engine
 from prl_torch_engine.requests import MAX_STOPS, Request, Result
-
-from prl.types import Completion, Sampling
 
 MAX_SEED = (1 << 63) - 1
 MAX_TOKENS = (1 << 31) - 1
@@ -95,7 +96,7 @@ def _spans(completion: Completion) -> list[dict[str, int]]:
     bounds = [0, *changes.tolist(), len(completion.versions)]
     return [
         {"version": int(completion.versions[start]), "start": start, "end": end}
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in pairwise(bounds)
         if end > start
     ]
 

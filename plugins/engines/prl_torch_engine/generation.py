@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import attrs
 import torch
-from prl_torch_engine.refusal import Refusal
+from prl.types import Int32
+
+from prl_torch_engine.refusal import RefusedError
 from prl_torch_engine.requests import Progress, Request, Result
 from prl_torch_engine.scheduler import Scheduler
-
-from prl.types import Int32
 
 T = TypeVar("T")
 
@@ -114,8 +114,9 @@ class Generation:
                 future.set_result(result)
 
     async def generate(self, request: Request) -> Result:
-        """The finished request; cancelling aborts it. Refusal when there are too many."""
-        future = self._accept(request, self._futures, self._loop.create_future())
+        """The finished request; cancelling aborts it. RefusedError when there are too many."""
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._accept(request, self._futures, future)
         try:
             return await future
         finally:
@@ -132,9 +133,9 @@ class Generation:
 
     def _accept(self, request: Request, table: dict[str, T], entry: T) -> T:
         if len(self._futures) + len(self._streams) >= MAX_REQUESTS:
-            raise Refusal(503, f"the engine already holds {MAX_REQUESTS} requests; try again later")
+            raise RefusedError(503, f"the engine already holds {MAX_REQUESTS} requests; try again later")
         if request.request_id in self._futures or request.request_id in self._streams:
-            raise Refusal(409, f"request_id {request.request_id!r} is in use by another request")
+            raise RefusedError(409, f"request_id {request.request_id!r} is in use by another request")
         table[request.request_id] = entry
         self._post(lambda: self._scheduler.add(request))
         return entry

@@ -1,14 +1,15 @@
 """The rows beyond the decoding ones: prompts being computed, and prefixes kept for requests to come.
 
-A prompt is computed once in such a row and copied to every continuation; the row then keeps it until another prompt needs
-the room (least recently used first). A finished turn of a session is kept likewise. Called by `scheduler.py`.
+A prompt is computed once in such a row and copied to every continuation; the row then keeps it until another prompt
+needs the room (least recently used first). A finished turn of a session is kept likewise. Called by `scheduler.py`.
 """
 
 from __future__ import annotations
 
 import attrs
-from prl_torch_engine.rows import Rows
 from torch import Tensor
+
+from prl_torch_engine.rows import Rows
 
 
 @attrs.define

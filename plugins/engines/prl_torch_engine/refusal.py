@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is not done; `status` is HTTP's."""
 
     def __init__(self, status: int, sentence: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import attrs
-from torch import Tensor
-
 from prl.types import Completion, Int32, Sampling
+from torch import Tensor
 
 MAX_STOPS = 16
 """Most stop tokens of one request."""

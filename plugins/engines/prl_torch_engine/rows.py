@@ -17,8 +17,8 @@ from torch import Tensor
 class Rows:
     """The caches with their bookkeeping.
 
-    Invariant: the first `past[r]` entries of `tokens[r]` are the tokens whose keys and values lie in row `r`, and all of
-    them were computed by the weights being served iff `stamps[r] == generation`.
+    Invariant: the first `past[r]` entries of `tokens[r]` are the tokens whose keys and values lie in row `r`, and all
+    of them were computed by the weights being served iff `stamps[r] == generation`.
     """
 
     def __init__(self, caches: Sequence[Any], *, count: int, length: int, device: torch.device) -> None:
@@ -37,7 +37,8 @@ class Rows:
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of one row into another, of which nothing is left."""
         for cache in self.caches:
-            cache.copy_row(source, target, length)
+            if cache is not None:  # a layer that remembers nothing
+                cache.copy_row(source, target, length)
         self.tokens[target, :length] = self.tokens[source, :length]
         self.past[target] = length
         self.stamps[target] = self.stamps[source]

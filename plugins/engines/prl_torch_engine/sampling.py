@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 GOLDEN = 0x9E3779B97F4A7C15
 """Increment of splitmix64's counter (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
@@ -28,7 +28,8 @@ def stream(seed: int, position: int) -> int:
 
 def uniforms(counters: NDArray[np.uint64]) -> NDArray[np.float64]:
     """[n] counters -> [n] numbers in [0, 1), multiples of 2^-52."""
-    return (_mix(counters) >> np.uint64(12)) * 2.0**-52
+    numbers: NDArray[np.float64] = (_mix(counters) >> np.uint64(12)) * np.float64(2.0**-52)
+    return numbers
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -64,7 +65,7 @@ def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
 def _invert_in_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The same in two levels, block then token: a large vocabulary is read once and never summed up in float64."""
     rows, vocab = probabilities.shape
-    blocks = F.pad(probabilities, (0, -vocab % _BLOCK)).view(rows, -1, _BLOCK)
+    blocks = pad(probabilities, (0, -vocab % _BLOCK)).view(rows, -1, _BLOCK)
     mass = blocks.sum(2).double()
     sums = mass.cumsum(1)
     target = (uniform * sums[:, -1])[:, None]

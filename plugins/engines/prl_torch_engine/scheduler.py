@@ -2,8 +2,8 @@
 
     add() -> waiting -> job (a prompt row, chunk by chunk) -> batch (decoding rows) -> finished
 
-One `step` computes at most `prefill_tokens` of prompts and one token of every decoding sequence. A pure state machine of
-the model's thread: it knows no threads, clocks or sockets. Called by `generation.py`.
+One `step` computes at most `prefill_tokens` of prompts and one token of every decoding sequence. A pure state machine
+of the model's thread: it knows no threads, clocks or sockets. Called by `generation.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from prl_torch_engine.batch import Batch
-from prl_torch_engine.prompts import PromptRows
-from prl_torch_engine.requests import Job, Pending, Progress, Request, Result
-from prl_torch_engine.rows import Rows
-from torch import Tensor
-
 from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.providers import LanguageModel
 from prl.types import Completion, StopReason, as_tokens
+from torch import Tensor
+
+from prl_torch_engine.batch import Batch
+from prl_torch_engine.prompts import PromptRows
+from prl_torch_engine.requests import Job, Pending, Progress, Request, Result
+from prl_torch_engine.rows import Rows
 
 
 class Scheduler:

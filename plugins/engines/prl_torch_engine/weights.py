@@ -10,11 +10,10 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-
 from prl.errors import InfrastructureError
 from prl.providers import WeightMap, WeightReceiver
 from prl.types import Manifest
+from torch import Tensor, nn
 
 
 class Weights:

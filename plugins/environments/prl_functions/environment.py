@@ -11,7 +11,7 @@ from prl.types import Message, Split, Task
 
 from prl_functions import FunctionsConfig
 from prl_functions.reward import RewardFunction
-from prl_functions.rows import read, split, split_by_file
+from prl_functions.rows import read, split_by_file, split_by_hash
 
 
 class Functions:
@@ -20,7 +20,8 @@ class Functions:
     def __init__(self, config: FunctionsConfig) -> None:
         self._reward = RewardFunction(config.reward)
         rows = read(config.file)
-        self._rows = split_by_file(rows, read(config.eval_file)) if config.eval_file else split(rows, config.eval_share)
+        by_file = bool(config.eval_file)
+        self._rows = split_by_file(rows, read(config.eval_file)) if by_file else split_by_hash(rows, config.eval_share)
         if not self._rows["train"]:
             raise UserError(
                 f"environment {config.name!r}: {config.file} leaves no rows to train on ({len(rows)} in all)"

@@ -6,15 +6,16 @@ Whatever is wrong with it is said in a sentence that names it and the row; it ne
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsFloat
 
 from prl.compose.discover import did_you_mean
 from prl.errors import InfrastructureError, UserError
@@ -51,9 +52,8 @@ class RewardFunction:
         try:
             answer = await self._call(completion, self._arguments(row))
         except Exception as error:  # the user's code may raise anything
-            raise InfrastructureError(
-                f"reward function {self.reference} failed on {row.place}: {type(error).__name__}: {error}{_origin(error)}"
-            ) from error
+            what = f"{type(error).__name__}: {error}{_origin(error)}"
+            raise InfrastructureError(f"reward function {self.reference} failed on {row.place}: {what}") from error
         return self._as_score(answer, row)
 
     def _arguments(self, row: Row) -> dict[str, Any]:
@@ -68,22 +68,26 @@ class RewardFunction:
 
     def _as_score(self, answer: Any, row: Row) -> Score:
         reward, metrics = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
-        try:
-            numbers = {name: float(value) for name, value in {"reward": reward, **metrics}.items()}
-        except (TypeError, ValueError) as error:
+        if not (_is_number(reward) and isinstance(metrics, Mapping) and all(map(_is_number, metrics.values()))):
             raise InfrastructureError(
                 f"reward function {self.reference} returned {answer!r} on {row.place}; "
-                "expected a number, or a number and a dict of numbers"
-            ) from error
-        reward = numbers.pop("reward")
-        return Score(reward=reward, metrics={"accuracy": float(reward >= 1.0), **numbers})
+                "expected a finite number, or one and a dict of such numbers"
+            )
+        accuracy = float(float(reward) >= 1.0)
+        return Score(reward=float(reward), metrics={"accuracy": accuracy, **{k: float(v) for k, v in metrics.items()}})
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers of numpy and torch are numbers too; text that reads like one is not."""
+    return isinstance(value, SupportsFloat) and math.isfinite(value)
 
 
 def _find(reference: str) -> Callable[..., Any]:
     where, colon, name = reference.rpartition(":")
     if not colon or not where or not name:
         raise UserError(f'reward = {reference!r}: expected "package.module:function" or "path/to/file.py:function"')
-    module = _load_file(reference, Path(where)) if where.endswith(".py") else _load_module(reference, where)
+    is_file = where.endswith(".py")
+    module = _load_file(reference, Path(where)) if is_file else _imported(reference, lambda: import_module(where))
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
@@ -94,17 +98,19 @@ def _find(reference: str) -> Callable[..., Any]:
 def _load_file(reference: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"reward = {reference!r}: there is no file {str(path)!r} (from {Path.cwd()})")
-    name = f"prl_functions_{path.stem}_{abs(hash(path.resolve()))}"
+    return _imported(reference, lambda: _execute(path))
+
+
+def _execute(path: Path) -> ModuleType:
+    """The file as a module of its own, whatever else has its stem for a name."""
+    name = f"prl_functions:{path.resolve()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    return _imported(reference, lambda: spec.loader.exec_module(module) or module)
-
-
-def _load_module(reference: str, name: str) -> ModuleType:
-    return _imported(reference, lambda: importlib.import_module(name))
+    sys.modules[name] = module  # dataclasses and typing look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def _imported(reference: str, load: Callable[[], ModuleType]) -> ModuleType:

@@ -76,9 +76,7 @@ def _messages(place: str, values: Mapping[str, Any]) -> tuple[Message, ...]:
         return ({"role": "user", "content": values["prompt"]},)
     messages = values["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise UserError(
-            f'{place}: \'messages\' must be a list of {{"role": "...", "content": "..."}}, got {messages!r}'
-        )
+        raise UserError(f"{place}: 'messages' must be a list of objects with 'role' and 'content', got {messages!r}")
     return tuple(messages)
 
 
@@ -86,7 +84,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def split(rows: Sequence[Row], share: float) -> dict[Split, list[Row]]:
+def split_by_hash(rows: Sequence[Row], share: float) -> dict[Split, list[Row]]:
     """Rows by the hash of what they ask, so that equal prompts stay together and adding rows moves none.
 
     At least one prompt is held out when a share is wanted and there are two.

@@ -1,4 +1,4 @@
-"""Plugin `guessing`: find a number by asking "higher or lower"; a conversation of several turns, and no more than that."""
+"""Plugin `guessing`: find a number, told higher or lower after each guess; a conversation of several turns."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The environment: a question, one reply, and the dataset's own opinion of it.
 
-Quirks of the package's scorers, which are used as they are: partial credit is common (a reply to spell_backward earns the
-share of letters in place, also when more follows), some raise on text they cannot parse, and those of string_insertion,
-spiral_matrix, binary_matrix, n_queens and of the algebra datasets evaluate the reply as Python.
+Quirks of the package's scorers, which are used as they are: partial credit is common (a reply to spell_backward earns
+the share of letters in place, also when more follows), some raise on text they cannot parse, and those of
+string_insertion, spiral_matrix, binary_matrix, n_queens, puzzle24, countdown and three algebra datasets evaluate the
+reply as Python: do not train on them where the policy's code must not run.
 
-Four datasets (isomorphic_strings, knight_swap, polynomial_multiplication, ransom_note) draw from sets of strings: the task
-of an index is the same in every process only where PYTHONHASHSEED is. Splits are disjoint in any case.
+Four datasets (isomorphic_strings, knight_swap, polynomial_multiplication, ransom_note) draw from sets of strings: the
+task of an index is the same in every process only where PYTHONHASHSEED is. Splits are disjoint in any case.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class ReasoningGym:
         for family, *counts in zip(config.families, train, held_out, strict=True):
             wanted: dict[Split, int] = {"train": counts[0], "eval": counts[1]}
             dataset = create(family, seed=seed, size=items_to_read(wanted))
-            found.append(select(questions(dataset), wanted, seen))
+            found.append(select(questions(dataset, family.dataset), wanted, seen))
             self._datasets.append(dataset)
         splits: tuple[Split, ...] = ("train", "eval")
         self._items = {split: interleave([numbers[split] for numbers in found]) for split in splits}
         for split, items in self._items.items():
             if not items:
-                raise UserError(f"environment {config.name!r} finds no {split} tasks: too few distinct questions")
+                raise UserError(
+                    f"environment {config.name!r} finds no {split} tasks: with these parameters there are too few questions"
+                )
 
     def size(self, split: Split) -> int:
         """As many as the config asks for; fewer when a dataset has fewer distinct questions than its share."""

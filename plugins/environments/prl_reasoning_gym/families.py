@@ -35,9 +35,7 @@ def _check_names(family: Family) -> None:
     known = _parameters(family.dataset)
     for key in family.parameters:
         if key in _OURS:
-            raise UserError(
-                f"{key!r} of reasoning_gym's {family.dataset} is not its own: set run.seed, size and eval_size"
-            )
+            raise UserError(f"{key!r} is no parameter of {family.dataset}: the section's size and run.seed decide it")
         if key not in known:
             described = ", ".join(f"{name} = {default!r}" for name, default in known.items())
             raise UserError(
@@ -56,10 +54,13 @@ def _parameters(name: str) -> dict[str, Any]:
     }
 
 
-def questions(dataset: Any) -> Iterator[str]:
+def questions(dataset: Any, name: str) -> Iterator[str]:
     """The questions of a dataset's items, in order; some datasets find out only then that they have fewer."""
     for number in range(len(dataset)):
         try:
-            yield dataset[number]["question"]
+            question = dataset[number]["question"]
         except IndexError:
             return
+        except Exception as error:  # generators fail in many ways on parameters that cannot be satisfied
+            raise UserError(f"reasoning_gym's {name} cannot make item {number} with its parameters: {error}") from error
+        yield question

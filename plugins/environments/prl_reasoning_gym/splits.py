@@ -2,7 +2,7 @@
 
 An item is identified by its question. A tenth of all possible questions, chosen by their hash alone, is held out; so no
 question is ever in both splits, whatever the seed, the size or the difficulty, and two sections over one dataset agree
-on what is held out. Generators repeat themselves, so their items are read in order until enough distinct ones are found.
+on what is held out. Generators repeat themselves, so items are read in order until enough distinct ones are found.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from prl.types import Split
 
@@ -54,7 +55,7 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     for weight in weights:
         bounds.append(bounds[-1] + weight)
     ends = [round(total * bound / bounds[-1]) for bound in bounds]
-    return [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def interleave(columns: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import attrs
 from prl.compose.plan import LaunchPlan, Process
-from prl.errors import RunError
+from prl.errors import LockError, RunError
 from prl.run_dir import RunDir, read_json
 
 from prl_local.excerpt import excerpt
@@ -165,7 +165,7 @@ class Supervisor:
             state = read_json(self._run_dir.state) or {}
             if state.get("status") != "failed":
                 self._write_state("failed", sentence)
-            _tell(sentence)
+            _tell(f"the run failed: {sentence}")
             return code if code > 0 else 128 - code
         self._drain()
         return 0
@@ -187,11 +187,10 @@ class Supervisor:
 
     def _failed(self, child: Child) -> int:
         sentence = _failure(child)
-        _tell(sentence)
+        _tell(f"the run failed: {sentence}")
         self.end_all()
         self._write_state("failed", sentence)
-        lock_mismatch = 3
-        return lock_mismatch if child.popen.returncode == lock_mismatch else RunError.exit_code
+        return LockError.exit_code if child.popen.returncode == LockError.exit_code else RunError.exit_code
 
     def _write_state(self, status: str, error: str) -> None:
         """The controller owns state.json while it lives: this is the last word on a run that it could not finish."""
@@ -217,7 +216,7 @@ class Supervisor:
 def _failure(child: Child) -> str:
     code = child.popen.returncode
     how = f"exited with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
-    return f"the run failed: {child.process.name} {how}\n{excerpt(child.log)}\nlog: {child.log}"
+    return f"{child.process.name} {how}\n{excerpt(child.log)}\nlog: {child.log}"
 
 
 def _tell(sentence: str) -> None:

@@ -8,12 +8,12 @@ until it moves, which it does only when that oldest group is finished (or given 
 Nothing is lost to the bound either. A group that starts at the served version `v` with `n` groups ready or running is
 trained after at most those `n` and `window - 1` that overtake it, hence at `next_version + (n + window - 1) //
 groups_per_step` at the latest, since the batch waits for it then. `capacity` starts a group only when that is at most
-`v + max_staleness`: overtaking is paid for with less running ahead, not with stale groups. A retry keeps its place,
-because what overtook it was counted when it left. Only an engine that serves an older version than the newest can still
-bring a stale token; `admit` refuses it.
+`v + max_staleness`: overtaking is paid for with less running ahead, not with stale groups. A group that is tried again
+keeps its place and the room that it left. Only an engine that serves an older version than the newest can still bring a
+stale token; `admit` refuses it.
 
-The window is MiniMax's ("The MiniMax-M2 series", arXiv 2605.26494, section 6.2.4), as torchtitan's RL work buffer has it
-(`window_fraction` there is a share of all groups under way, and the bound grows with it: `(B + W - 2) // P` steps).
+The window is that of "The MiniMax-M2 Series" (arXiv 2605.26494, section 6.2.4), anchored as in torchtitan's RL. There
+`window_fraction` is a share of all groups under way, and the bound grows with it, to `(B + W - 2) // P` steps.
 """
 
 from __future__ import annotations

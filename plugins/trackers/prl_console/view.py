@@ -87,7 +87,7 @@ class RunView:
     def _trained(self, metrics: Mapping[str, float]) -> None:
         if "reward/mean" in metrics:
             self.reward.add(metrics["reward/mean"])
-        if "tokens/per_second" in metrics:
+        if self.phase == "rl" and "tokens/per_second" in metrics:
             self.speed.add(metrics["tokens/per_second"])
         if "progress/seconds_left" in metrics:
             self._left = (metrics["progress/seconds_left"], self.clock())

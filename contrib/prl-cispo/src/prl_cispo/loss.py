@@ -1,4 +1,4 @@
-"""CISPO (MiniMax-M1, arXiv:2506.13585, equations 4 and 5): the ratio is clipped and detached, no token is masked out.
+"""CISPO (MiniMax-M1, arXiv:2506.13585): the ratio is clipped and detached, no token is masked out.
 
 Imported by trainer ranks only.
 """

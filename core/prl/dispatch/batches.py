@@ -1,0 +1,95 @@
+"""Ready groups become the next batch while the trainer is busy with the one before.
+
+    dispatcher.take -> credit -> pack -> batches             waits for room in `batches`, then for enough ready groups
+
+One batch is formed ahead, never more. Knows nothing of engines or the trainer; the controller runs `form` in the rl
+phase, and `prl.dispatch.warmup` in its place before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import attrs
+
+from prl.compose.config import Run
+from prl.dispatch.buffer import BoundedQueue
+from prl.dispatch.dispatcher import Dispatcher
+from prl.dispatch.feed import Feed
+from prl.dispatch.progress import Progress
+from prl.providers import AdvantageFunction
+from prl.score.credit import Scored, score
+from prl.score.pack import pack
+from prl.train.schedule import learning_rate
+from prl.types import Batch, Sample
+
+_PACKED_IN_PLACE = 1 << 18  # tokens; packing more takes milliseconds, which the event loop should not lose
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class PreparedBatch:
+    """A batch and what the loops need to know about it."""
+
+    batch: Batch
+    learning_rate: float
+    publish: bool
+    """Whether engines get the weights it yields."""
+    feed: Feed
+    issues: tuple[int, ...]
+    """Ids under which `feed` knows the tasks it was made of."""
+    groups: tuple[Scored, ...] = ()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class BatchFormer:
+    """Forms the batches of the rl phase."""
+
+    run: Run
+    dispatcher: Dispatcher
+    advantage: AdvantageFunction
+    progress: Progress
+
+    async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
+        """Every batch up to the last step, then close `batches`."""
+        while self.progress.formed < self.progress.steps:
+            await batches.room()
+            await batches.put(await self._next())
+        batches.close()
+
+    async def _next(self) -> PreparedBatch:
+        groups = await self.dispatcher.take()
+        version = self.progress.formed
+        self.progress.formed += 1
+        self.progress.change.notify()
+        scored = tuple(score(group, self.advantage) for group in groups)
+        batch = await pack_batch([s for group in scored for s in group.samples], self.run, version, phase="rl")
+        return PreparedBatch(
+            batch=batch,
+            learning_rate=self._learning_rate(batch.step),
+            publish=True,
+            feed=self.dispatcher.feed,
+            issues=tuple(group.group_id for group in groups),
+            groups=scored,
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        run = self.run
+        return learning_rate(run.schedule, run.optimizer.learning_rate, step - run.warmup.steps, run.run.steps)
+
+
+async def pack_batch(samples: Sequence[Sample], run: Run, version: int, *, phase: Literal["warmup", "rl"]) -> Batch:
+    """The batch that trains `version`, packed for the run's trainer; off the event loop when it is large."""
+    call = functools.partial(
+        pack,
+        samples,
+        step=version + 1,
+        version=version,
+        phase=phase,
+        ranks=run.trainer.ranks,
+        micro_batch_tokens=run.trainer.micro_batch_tokens,
+    )
+    large = sum(len(sample) for sample in samples) > _PACKED_IN_PLACE
+    return await asyncio.to_thread(call) if large else call()

@@ -1,0 +1,231 @@
+"""Who takes part in a run, and what the controller is made of once they are there.
+
+`roll_call` waits until every process of the plan has said Hello; `assemble` builds the controller's parts around them.
+Called by the controller, once. Knows how parts fit together, nothing of when they run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import attrs
+
+from prl.compose.compose import Composition
+from prl.dispatch import checkpoint
+from prl.dispatch.batches import BatchFormer
+from prl.dispatch.checkpoint import Checkpoints, ControllerState
+from prl.dispatch.dispatcher import Dispatcher
+from prl.dispatch.engines import Engine, EnginePool
+from prl.dispatch.environments import EnvironmentPool, Place, RemoteRunner
+from prl.dispatch.evaluation import EvaluationOutcome, Evaluator
+from prl.dispatch.feed import Feed, Source
+from prl.dispatch.hub import Hub
+from prl.dispatch.permutation import mix
+from prl.dispatch.placement import Placement
+from prl.dispatch.progress import Progress
+from prl.dispatch.reporting import Reporter
+from prl.dispatch.trainer import Trainer
+from prl.dispatch.warmup import WarmupBatches
+from prl.errors import CheckpointError, RunError
+from prl.messages import Hello, Role
+from prl.providers import Engine as EngineProvider
+from prl.providers import RolloutScheduler
+from prl.rollout.runner import GroupRunner, environment_names
+from prl.run_dir import RunDir
+from prl.types import TaskRef
+from prl.weights.publish import Publisher
+
+_STARTUP_SECONDS = 1800.0  # large engines load and compile for many minutes
+
+
+# --- who is there -----------------------------------------------------------------------------------------------------
+def expected_workers(composition: Composition) -> dict[Role, int]:
+    """How many workers of each role will say Hello."""
+    run = composition.run
+    remote = environment_names(composition, cheap=False)
+    return {
+        "engine": run.engine.count,
+        "environment": run.rollouts.workers if remote else 0,
+        "trainer": run.trainer.ranks,
+    }
+
+
+async def roll_call(hub: Hub, composition: Composition) -> dict[Role, list[tuple[bytes, Hello]]]:
+    """Every worker's connection and Hello, by index; RunError names who is missing after half an hour."""
+    expected = expected_workers(composition)
+    try:
+        async with asyncio.timeout(_STARTUP_SECONDS):
+            return {role: [await hub.hello(role, index) for index in range(n)] for role, n in expected.items()}
+    except TimeoutError:
+        absent = [f"{r}-{i}" for r, n in expected.items() for i in range(n) if (r, i) not in hub.present]
+        raise RunError(
+            f"not ready after {_STARTUP_SECONDS:.0f} s: {', '.join(absent)}; `prl logs` shows what they do"
+        ) from None
+
+
+def local_runner(composition: Composition, run_dir: RunDir) -> GroupRunner | None:
+    """The cheap environments, built in this process; None when there is none."""
+    names = environment_names(composition, cheap=True)
+    return GroupRunner(composition, composition.run, run_dir.token(), environments=names) if names else None
+
+
+# --- what the controller is made of -----------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True, eq=False)
+class Parts:
+    """The controller's parts, ready to run."""
+
+    progress: Progress
+    engines: EnginePool
+    trainer: Trainer
+    publisher: Publisher
+    dispatcher: Dispatcher
+    former: BatchFormer
+    warmup: WarmupBatches
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Assembly:
+    """Builds the parts of one run; `on_served` is told (version, seconds) when engines serve new weights."""
+
+    composition: Composition
+    run_dir: RunDir
+    hub: Hub
+    workers: Mapping[Role, Sequence[tuple[bytes, Hello]]]
+    runner: GroupRunner | None
+    reporter: Reporter
+    on_served: Callable[[int, float], None]
+
+    def build(self) -> Parts:
+        """CheckpointError when the run resumes from what does not belong to it."""
+        run, progress = self.composition.run, self.reporter.progress
+        engines = EnginePool(list(self._engines()), progress.change)
+        environments = EnvironmentPool(self._places())
+        placement = Placement(engines, environments, timeout=run.rollouts.timeout)
+        trainer = Trainer(self.hub, [peer for peer, _ in self.workers["trainer"]])
+        scheduler = self.composition.build(run.scheduler, run.rollouts.groups_per_step, time.monotonic)
+        state = self._restored_state(progress, scheduler)
+        dispatcher = self._dispatcher(state, placement, engines)
+        return Parts(
+            progress=progress,
+            engines=engines,
+            trainer=trainer,
+            publisher=self._publisher(engines, trainer),
+            dispatcher=dispatcher,
+            former=BatchFormer(
+                run=run, dispatcher=dispatcher, advantage=self.composition.build(run.advantage), progress=progress
+            ),
+            warmup=WarmupBatches(run=run, feed=state.demonstrations, environments=environments, progress=progress),
+            evaluator=self._evaluator(placement),
+            checkpoints=self._checkpoints(trainer, state),
+        )
+
+    # --- engines and environments ----------------------------------------------------------------------------------
+    def _engines(self) -> Iterator[Engine]:
+        provider = self.composition.provider(self.composition.run.engine)
+        assert isinstance(provider, EngineProvider)
+        connect = self.composition.load(provider.connect)
+        for index, (_, hello) in enumerate(self.workers["engine"]):
+            yield Engine(index=index, url=hello.url, client=connect(hello.url, self.run_dir.token()))
+
+    def _places(self) -> Iterator[Place]:
+        if self.runner is not None:
+            yield Place(runner=self.runner, environments=_names(self.runner.sizes()))
+        for peer, hello in self.workers["environment"]:
+            yield Place(runner=RemoteRunner(self.hub, peer), environments=_names(hello.sizes))
+
+    def _sizes(self) -> dict[str, int]:
+        """`{"<environment>/<split>": tasks}`; RunError when two workers see an environment differently."""
+        sizes: dict[str, int] = dict(self.runner.sizes()) if self.runner is not None else {}
+        for peer, hello in self.workers["environment"]:
+            for name, size in hello.sizes.items():
+                if sizes.setdefault(name, size) != size:
+                    raise RunError(
+                        f"{peer.decode()} has {size} tasks in {name}, another worker has {sizes[name]}; "
+                        "environments must be the same in every process"
+                    )
+        return sizes
+
+    # --- tasks and groups ---------------------------------------------------------------------------------------------
+    def _feed(self, salt: int, retries: int) -> Feed:
+        run, sizes = self.composition.run, self._sizes()
+        sources = [
+            Source(environment=section.name, weight=section.weight, size=sizes[f"{section.name}/train"])
+            for section in run.environments
+        ]
+        return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
+
+    def _restored_state(self, progress: Progress, scheduler: RolloutScheduler) -> ControllerState:
+        run = self.composition.run
+        state = ControllerState(
+            progress=progress,
+            feed=self._feed(0, run.rollouts.retries),
+            demonstrations=self._feed(1, 0),
+            scheduler=scheduler,
+        )
+        if run.checkpoints.resume:
+            state.load_state_dict(checkpoint.read(Path(run.checkpoints.resume)))
+        for peer, hello in self.workers["trainer"]:
+            if hello.version != progress.trained:
+                raise CheckpointError(
+                    f"{peer.decode()} starts from version {hello.version}, the controller from version "
+                    f"{progress.trained}; resume with one checkpoint that is complete"
+                )
+        return state
+
+    def _dispatcher(self, state: ControllerState, placement: Placement, engines: EnginePool) -> Dispatcher:
+        run, hooks = self.composition.run, self.reporter.hooks
+        return Dispatcher(
+            feed=state.feed,
+            scheduler=state.scheduler,
+            placement=placement,
+            engines=engines,
+            progress=state.progress,
+            rollouts=run.rollouts,
+            seed=run.run.seed,
+            clock=time.monotonic,
+            on_group=lambda group, version: hooks.call("prl_group_done", group=group, version=version),
+        )
+
+    # --- what follows a step ------------------------------------------------------------------------------------------
+    def _publisher(self, engines: EnginePool, trainer: Trainer) -> Publisher:
+        return Publisher(
+            engines,
+            change=self.reporter.progress.change,
+            deadline=self.composition.run.weights.deadline,
+            on_served=self.on_served,
+            retire=trainer.retire,
+        )
+
+    def _evaluator(self, placement: Placement) -> Evaluator:
+        run, sizes = self.composition.run, self._sizes()
+
+        async def report(outcome: EvaluationOutcome) -> None:
+            await self.reporter.queue.put(outcome)
+
+        tasks = [
+            TaskRef(environment=section.name, split="eval", index=index)
+            for section in run.environments
+            for index in range(min(run.evaluation.tasks, sizes[f"{section.name}/eval"]))
+        ]
+        return Evaluator(run=run, tasks=tasks, placement=placement, progress=self.reporter.progress, report=report)
+
+    def _checkpoints(self, trainer: Trainer, state: ControllerState) -> Checkpoints:
+        hooks = self.reporter.hooks
+        return Checkpoints(
+            folder=self.run_dir.checkpoints,
+            keep_last=self.composition.run.checkpoints.keep_last,
+            trainer=trainer,
+            state=state,
+            on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
+            newest=state.progress.trained,
+        )
+
+
+def _names(sizes: Mapping[str, int]) -> frozenset[str]:
+    """Environments of `{"<environment>/<split>": tasks}`."""
+    return frozenset(name.rpartition("/")[0] for name in sizes)

@@ -1,0 +1,112 @@
+"""What came of a step or an evaluation becomes a line of metrics, and everyone is told.
+
+    reports -> metrics.jsonl, rollouts.jsonl, state.json, prl_step_end, trackers
+
+A loop of its own with a short queue, so that the trainer's next step starts before the last one is written down. Waits
+for reports, and for the disk; ends when the queue is closed and everything is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from prl.dispatch import metrics
+from prl.dispatch.batches import PreparedBatch
+from prl.dispatch.buffer import BoundedQueue
+from prl.dispatch.evaluation import EvaluationOutcome
+from prl.dispatch.events import LifecycleHooks, Trackers
+from prl.dispatch.progress import Progress
+from prl.dispatch.record import Record, StateFile
+from prl.messages import StepDone
+
+_BACKLOG = 4
+_PACE_STEPS = 20  # the time left is estimated from so many steps
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class StepOutcome:
+    """A step that is done."""
+
+    prepared: PreparedBatch
+    reports: Sequence[StepDone]
+    seconds: float
+    """Since the end of the step before."""
+
+
+@attrs.define(kw_only=True, eq=False)
+class Reporter:
+    """Turns outcomes into lines; `gauges` reads what other loops know at that moment (queues, drops, idle engines)."""
+
+    record: Record
+    state: StateFile
+    hooks: LifecycleHooks
+    trackers: Trackers
+    progress: Progress
+    keep_rollouts: bool
+    gauges: Callable[[], Mapping[str, float]]
+    queue: BoundedQueue[StepOutcome | EvaluationOutcome] = attrs.field(init=False)
+    _pace: deque[float] = attrs.field(init=False)
+    _last_step: dict[str, Any] = attrs.field(factory=dict, init=False)
+    _last_evaluation: dict[str, Any] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.queue = BoundedQueue("reports", _BACKLOG)
+        self._pace = deque(maxlen=_PACE_STEPS)
+
+    async def run(self) -> None:
+        while (outcome := await self.queue.get()) is not None:
+            if isinstance(outcome, StepOutcome):
+                await self._step(outcome)
+            else:
+                self._tell(outcome.step, {**self._head(outcome.step, "eval"), **outcome.metrics})
+
+    async def _step(self, outcome: StepOutcome) -> None:
+        batch, groups = outcome.prepared.batch, outcome.prepared.groups
+        line = {**self._head(batch.step, batch.phase), **self._metrics(outcome)}
+        self._tell(batch.step, line)
+        self.hooks.call("prl_step_end", step=batch.step, version=batch.step, metrics=line)
+        if groups:
+            self.trackers.groups(batch.step, [scored.group for scored in groups])
+        if groups and self.keep_rollouts:
+            await asyncio.to_thread(self.record.rollouts, batch.step, groups)
+
+    def _head(self, step: int, phase: str) -> dict[str, Any]:
+        return {"step": step, "version": step, "time": time.time(), "phase": phase}
+
+    def _metrics(self, outcome: StepOutcome) -> dict[str, float]:
+        batch, seconds = outcome.prepared.batch, outcome.seconds
+        tokens = metrics.token_metrics(batch)
+        return {
+            **metrics.trainer_metrics(batch, outcome.reports),
+            **metrics.group_metrics(outcome.prepared.groups),
+            **tokens,
+            "tokens/per_second": tokens["tokens/sampled"] / seconds if seconds > 0 else 0.0,
+            "idle/trainer": metrics.trainer_idle(outcome.reports, seconds),
+            "time/step": seconds,
+            **(self._time_left(batch.step, seconds) if batch.phase == "rl" else {}),
+            **self.gauges(),
+        }
+
+    def _time_left(self, step: int, seconds: float) -> dict[str, float]:
+        """From the pace of the last rl steps; a warm-up step says nothing about them."""
+        self._pace.append(seconds)
+        return {"progress/seconds_left": (self.progress.steps - step) * sum(self._pace) / len(self._pace)}
+
+    def _tell(self, step: int, line: Mapping[str, Any]) -> None:
+        self.record.metrics(line)
+        if line["phase"] == "eval":
+            self._last_evaluation = {name: value for name, value in line.items() if name.startswith("eval/")}
+        else:
+            self._last_step = dict(line)
+        self.state.update(
+            metrics={**self._last_step, **self._last_evaluation},
+            step=self.progress.trained,
+            version=self.progress.trained,
+        )
+        self.trackers.log(step, line)

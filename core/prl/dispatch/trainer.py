@@ -1,0 +1,65 @@
+"""The trainer as the controller sees it: every order goes to all ranks, an answer is what all ranks answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from prl.dispatch.hub import Hub
+from prl.errors import RunError
+from prl.messages import Publish, Retire, Save, StepDone, TrainStep
+from prl.types import Batch, Manifest
+
+
+class Trainer:
+    """All ranks. Steps, publications and saves are awaited one after the other, never two at a time."""
+
+    def __init__(self, hub: Hub, peers: Sequence[bytes]) -> None:
+        self._hub = hub
+        self._peers = tuple(peers)
+        """By rank."""
+
+    async def step(self, batch: Batch, *, learning_rate: float, publish: bool) -> list[StepDone]:
+        """Train one step, each rank on its own micro-batches; what every rank reports."""
+        for peer, micro_batches in zip(self._peers, batch.ranks, strict=True):
+            share = attrs.evolve(batch, ranks=(micro_batches,))
+            await self._hub.send(peer, TrainStep(batch=share, learning_rate=learning_rate, publish=publish))
+        return await self._reports()
+
+    async def publish(self) -> Manifest:
+        """Have the weights the trainer holds sent through the transport."""
+        await self._send_all(Publish())
+        manifest = manifest_of(await self._reports())
+        if manifest is None:
+            raise RunError("no trainer rank published the weights it was asked to publish")
+        return manifest
+
+    async def retire(self, version: int) -> None:
+        await self._send_all(Retire(version=version))
+
+    async def save(self, step: int, path: Path) -> None:
+        """Have every rank write its part of a checkpoint into `path`."""
+        await self._send_all(Save(step=step, path=str(path)))
+        await self._replies()
+
+    async def _send_all(self, message: Any) -> None:
+        for peer in self._peers:
+            await self._hub.send(peer, message)
+
+    async def _reports(self) -> list[StepDone]:
+        replies = await self._replies()
+        if not all(isinstance(reply, StepDone) for reply in replies):
+            raise RunError(f"a trainer rank answered a step with {[type(reply).__name__ for reply in replies]}")
+        return replies
+
+    async def _replies(self) -> list[Any]:
+        return await asyncio.gather(*(self._hub.reply(peer) for peer in self._peers))
+
+
+def manifest_of(reports: Sequence[StepDone]) -> Manifest | None:
+    """The manifest of the rank that published, if one did."""
+    return next((report.manifest for report in reports if report.manifest is not None), None)

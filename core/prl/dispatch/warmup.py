@@ -1,0 +1,61 @@
+"""Demonstrations become the batches of the supervised warm-up, one step ahead of the trainer.
+
+    feed -> demonstrate (environments) -> pack -> batches         waits for room in `batches`, then for demonstrations
+
+Only the ce stream occurs. Has a feed of its own, so that the order of tasks in the rl phase does not depend on the
+warm-up. Engines get the weights once, at the end of the phase.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from prl.compose.config import Run
+from prl.dispatch.batches import PreparedBatch, pack_batch
+from prl.dispatch.buffer import BoundedQueue
+from prl.dispatch.environments import EnvironmentPool
+from prl.dispatch.feed import Feed
+from prl.dispatch.progress import Progress
+from prl.errors import InfrastructureError, RunError
+from prl.train.schedule import learning_rate
+from prl.types import Sample, TaskRef
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class WarmupBatches:
+    """Forms the batches of the warm-up."""
+
+    run: Run
+    feed: Feed
+    environments: EnvironmentPool
+    progress: Progress
+
+    async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
+        """Every batch up to the last step of the warm-up, then close `batches`."""
+        while self.progress.formed < self.run.warmup.steps:
+            await batches.room()
+            await batches.put(await self._next())
+        batches.close()
+
+    async def _next(self) -> PreparedBatch:
+        section = self.run.warmup
+        issues = [self.feed.next() for _ in range(section.samples_per_step)]
+        samples = await self._demonstrations([issue.task for issue in issues])
+        batch = await pack_batch(samples, self.run, self.progress.formed, phase="warmup")
+        self.progress.formed += 1
+        return PreparedBatch(
+            batch=batch,
+            learning_rate=learning_rate(self.run.schedule, section.learning_rate, batch.step, section.steps),
+            publish=batch.step == section.steps,
+            feed=self.feed,
+            issues=tuple(issue.group_id for issue in issues),
+        )
+
+    async def _demonstrations(self, tasks: list[TaskRef]) -> list[Sample]:
+        try:
+            samples = await self.environments.demonstrate(tasks)
+        except* InfrastructureError as errors:
+            raise RunError(f"the warm-up needs demonstrations and got none: {errors.exceptions[0]}") from errors
+        if not any(weights.any() for sample in samples for weights in sample.weights.values()):
+            raise RunError("the environments demonstrate nothing; set warmup.steps = 0 to start without a warm-up")
+        return samples

@@ -1,0 +1,134 @@
+"""Assumptions from the record of a past run: metrics.jsonl, rollouts.jsonl, run.toml.
+
+What the record says outright is taken: lengths by group, the share of missing rollouts, seconds of publication, and
+optimizer steps as a line over their tokens. How fast engines decode is not in it, only how long they computed for what
+was trained; so the run is simulated, with its own config, and decoding scaled until the simulated engines take as long.
+The ratio of decode_base to decode_per_sequence and the environments' latency stay what they were assumed to be.
+
+rollouts.jsonl holds trained rollouts only: of a run that dropped many, the lengths fitted here are too short.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from prl.errors import UserError
+from prl.report.load import metric_rows
+from prl.run_dir import RunDir
+from prl.simulate.assumptions import Assumptions
+from prl.simulate.figures import Figures
+
+_FEWEST_STEPS = 3
+_ROUNDS = 4  # of scaling; each leaves about a tenth of the error
+
+
+@attrs.frozen(kw_only=True)
+class Recorded:
+    """A past run, as far as a simulation can be compared with it."""
+
+    steps: int
+    tokens_per_second: float
+    idle_trainer: float
+    idle_engine: float
+    staleness_mean: float
+    engine_seconds_per_token: float
+    """Seconds in which one engine computed, on average over engines, per trained token of the run."""
+    trainer: tuple[tuple[float, float], ...]
+    """(sampled tokens, seconds computed) of each step."""
+    publish: float
+    groups: tuple[tuple[int, ...], ...]
+    """Lengths of trained rollouts, by group."""
+
+
+def read(run_dir: RunDir) -> Recorded:
+    """The record of a run that may still be going; UserError when there is too little of it."""
+    rows = _steps(run_dir)
+    groups = _groups(run_dir.rollouts)
+    if len(rows) < _FEWEST_STEPS or not groups:
+        raise UserError(
+            f"{run_dir.path} has the record of {len(rows)} usable rl steps and {len(groups)} trained groups; fitting "
+            f"needs at least {_FEWEST_STEPS} steps and their rollouts (rollouts.keep = true)"
+        )
+    seconds = [row["time/step"] for row in rows]
+    tokens = sum(row["tokens/sampled"] for row in rows)
+    idle_engine = _mean(row["idle/engine"] for row in rows)
+    return Recorded(
+        steps=len(rows),
+        tokens_per_second=tokens / sum(seconds),
+        idle_trainer=_mean(row["idle/trainer"] for row in rows),
+        idle_engine=idle_engine,
+        staleness_mean=_mean(row.get("staleness/mean", 0.0) for row in rows),
+        engine_seconds_per_token=(1.0 - idle_engine) * sum(seconds) / tokens,
+        trainer=tuple((row["tokens/sampled"], row["time/step"] * (1.0 - row["idle/trainer"])) for row in rows),
+        publish=statistics.median(row.get("time/publish", 0.0) for row in rows),
+        groups=groups,
+    )
+
+
+def _steps(run_dir: RunDir) -> list[Mapping[str, Any]]:
+    """Metrics of rl steps that tell what a simulation needs, the last attempt at each, without the first (start-up)."""
+    needed = {"time/step", "tokens/sampled", "idle/trainer", "idle/engine"}
+    latest = {row["step"]: row for row in metric_rows(run_dir.metrics) if row.get("phase") == "rl"}
+    rows = [latest[step] for step in sorted(latest)][1:]
+    return [row for row in rows if needed <= row.keys() and row["tokens/sampled"]]
+
+
+def _groups(path: Path) -> tuple[tuple[int, ...], ...]:
+    """A resumed run may write a rollout twice: what came last counts."""
+    lengths: dict[int, dict[str, int]] = defaultdict(dict)
+    if path.is_file():
+        with path.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    row = json.loads(line)
+                    lengths[row["group_id"]][row["member"]] = max(1, row["length"])
+    return tuple(tuple(group.values()) for group in lengths.values())
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+# --- from the record to assumptions -----------------------------------------------------------------------------------
+def fit(
+    recorded: Recorded, assumed: Assumptions, *, group_size: int, simulate: Callable[[Assumptions], Figures]
+) -> tuple[Assumptions, Figures]:
+    """What `recorded` says, `assumed` where it is silent; and the simulation of the recorded run under it.
+
+    `group_size` is the recorded run's; `simulate` runs its config.
+    """
+    base, slope = line(recorded.trainer)
+    fitted = attrs.evolve(
+        assumed,
+        recorded=recorded.groups,
+        failure=1.0 - sum(map(len, recorded.groups)) / (group_size * len(recorded.groups)),
+        step_base=base,
+        step_per_token=slope,
+        publish=recorded.publish,
+    )
+    for _ in range(_ROUNDS):
+        figures = simulate(fitted)
+        scale = recorded.engine_seconds_per_token / figures.engine_seconds_per_token
+        fitted = attrs.evolve(
+            fitted, decode_base=fitted.decode_base * scale, decode_per_sequence=fitted.decode_per_sequence * scale
+        )
+    return fitted, simulate(fitted)
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope of the least-squares line through `points`, neither below 0."""
+    x_mean, y_mean = (_mean(coordinates) for coordinates in zip(*points, strict=True))
+    variance = sum((x - x_mean) ** 2 for x, _ in points)
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / variance if variance else 0.0
+    if slope <= 0.0:
+        return y_mean, 0.0
+    if y_mean < slope * x_mean:
+        return 0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    return y_mean - slope * x_mean, slope

@@ -1,0 +1,53 @@
+"""Everything a run's config says about the model, built for serving. Called by `server.py`, in a thread."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import attrs
+import torch
+from prl.providers import LanguageModel, Model, NumberFormat, Renderer, Tokenizer, WeightMap
+from prl.rollout import tokenizer as tokenizers
+from torch import nn
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
+
+
+@attrs.frozen(kw_only=True)
+class Loaded:
+    """The model and how to talk to it."""
+
+    name: str
+    """Under which the OpenAI endpoint serves it: the model's `type`."""
+    module: nn.Module
+    weight_map: WeightMap
+    tokenizer: Tokenizer
+    renderer: Renderer
+
+    @property
+    def model(self) -> LanguageModel:
+        return cast(LanguageModel, self.module)
+
+
+def load(composition: Composition) -> Loaded:
+    """Build the model in the serving dtype, on the device the trainer is told to use."""
+    run = composition.run
+    provider = cast(Model, composition.provider(run.model))
+    tokenizer = tokenizers.load(run.tokenizer, provider.special_tokens)
+    number_format: NumberFormat = composition.build(run.quantization)
+    with torch.device(_device(run.trainer.device)):
+        module: nn.Module = composition.build(run.model, tokenizer.vocab_size)
+    return Loaded(
+        name=provider.name,
+        module=module.to(number_format.serve_dtype).eval().requires_grad_(False),
+        weight_map=composition.load(provider.weights)(run.model, tokenizer.vocab_size),
+        tokenizer=tokenizer,
+        renderer=composition.load(provider.render)(run.model, tokenizer),
+    )
+
+
+def _device(choice: str) -> str:
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return choice

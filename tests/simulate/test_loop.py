@@ -1,0 +1,203 @@
+"""The loop, by hand: one group a step, ten seconds to generate, five to train, two to publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import pytest
+from prl.compose.config import RolloutSection
+from prl.errors import RunError
+from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
+from prl.simulate.cluster import Cluster
+from prl.simulate.loop import Simulation
+from prl.simulate.workload import EmpiricalLengths, EmpiricalSeconds, Workload
+from prl.types import Group
+from prl_bounded_staleness.scheduler import BoundedStaleness
+
+CLUSTER = Cluster(
+    engines=1, slots=8, decode_base=1.0, decode_per_sequence=0.0, step_base=5.0, step_per_token=0.0, publish=2.0
+)
+ROLLOUTS = RolloutSection(groups_per_step=1, group_size=1)
+
+
+def workload(*lengths: int, latency: float = 0.0, failure: float = 0.0) -> Workload:
+    """Every group has one of these lengths."""
+    return Workload(
+        lengths=EmpiricalLengths(groups=tuple((length,) for length in lengths)),
+        latency=EmpiricalSeconds(values=(latency,)),
+        failure=failure,
+    )
+
+
+def bounded(max_staleness: int, groups_per_step: int = 1) -> Callable[[Any], RolloutScheduler]:
+    return lambda clock: BoundedStaleness(max_staleness=max_staleness, groups_per_step=groups_per_step)
+
+
+def simulation(
+    build: Callable[[Any], RolloutScheduler],
+    work: Workload,
+    *,
+    rollouts: RolloutSection = ROLLOUTS,
+    cluster: Cluster = CLUSTER,
+    steps: int = 10,
+) -> Simulation:
+    return Simulation(build, rollouts=rollouts, workload=work, cluster=cluster, steps=steps)
+
+
+def test_synchronous() -> None:
+    """Generate, train, publish, one after the other; the last step need not be published."""
+    loop = simulation(bounded(0), workload(10))
+    loop.run()
+    figures = loop.figures()
+    assert figures.seconds == 10 * 17.0 - 2.0
+    assert figures.tokens_per_second == 100 / 168.0
+    assert figures.idle_trainer == pytest.approx(1 - 50 / 168)
+    assert figures.idle_engine == pytest.approx(1 - 100 / 168)
+    assert figures.staleness == {0: 1.0}
+    assert (figures.length_issued, figures.length_trained, figures.length_dropped) == (10.0, 10.0, None)
+
+
+def test_one_step_ahead() -> None:
+    """Two groups start at once; from then on one starts when the one before is formed into a batch.
+
+    The groups of version 0 end at 10 s and are formed: the trainer takes one (10 to 15) and the other waits (15 to 20).
+    Version 1 is served at 17 s, but next_version is then 2: a group starts, is done at 27 s, trained to 32 s, and so on:
+    a group every ten seconds from then on would keep the bound; each version is served 7 s after its batch.
+    """
+    loop = simulation(bounded(1), workload(10), steps=3)
+    loop.run()
+    figures = loop.figures()
+    assert figures.seconds == 32.0
+    assert figures.staleness == {0: pytest.approx(1 / 3), 1: pytest.approx(2 / 3)}
+    assert figures.idle_trainer == pytest.approx(1 - 15 / 32)
+
+
+def test_environment_seconds_hold_no_slot() -> None:
+    loop = simulation(bounded(0), workload(10, latency=4.0), steps=1)
+    loop.run()
+    assert loop.figures().seconds == 19.0
+    assert loop.figures().idle_engine == pytest.approx(9 / 19)
+
+
+def test_a_rollout_may_span_versions() -> None:
+    """A long group is decoded while a short one is trained and published; its tokens carry both versions."""
+    rollouts = attrs.evolve(ROLLOUTS, groups_per_step=1)
+    loop = simulation(bounded(2), workload(10, 40), rollouts=rollouts, steps=20)
+    loop.run()
+    figures = loop.figures()
+    assert set(figures.staleness) <= {0, 1, 2}
+    assert figures.staleness[2] > 0
+    assert sum(figures.staleness.values()) == pytest.approx(1.0)
+
+
+def test_a_group_that_takes_too_long_is_tried_again_and_given_up() -> None:
+    rollouts = attrs.evolve(ROLLOUTS, timeout=30.0, retries=2)
+    loop = simulation(bounded(0), workload(10, 40), rollouts=rollouts, steps=20)
+    loop.run()
+    figures = loop.figures()
+    assert figures.given_up > 0
+    assert figures.dropped == {"timeout": 3 * figures.given_up}
+    assert figures.tokens_wasted == pytest.approx(90 * figures.given_up / (90 * figures.given_up + 200))
+    assert (figures.length_trained, figures.length_dropped) == (10.0, 40.0)
+
+
+@pytest.mark.parametrize(("size", "needed"), [(1, 1), (4, 2)])
+def test_a_group_needs_two_rollouts_to_compare(size: int, needed: int) -> None:
+    rollouts = attrs.evolve(ROLLOUTS, group_size=size)
+    sizes: list[int] = []
+    loop = simulation(lambda clock: Watching(sizes), workload(10, failure=0.5), rollouts=rollouts, steps=40)
+    loop.run()
+    assert min(sizes) == needed
+    assert max(sizes) == size
+    assert set(loop.figures().dropped) == {"environment"}
+
+
+def test_on_publish_cuts_what_the_scheduler_names() -> None:
+    """The long group is cut when version 2 is served, 12 s after version 0's second batch; its tokens are wasted."""
+    loop = simulation(bounded(1), workload(1, 500), steps=10)
+    loop.run()
+    figures = loop.figures()
+    assert figures.dropped["stale"] > 0
+    assert figures.length_dropped == 500.0
+    assert figures.length_trained == 1.0
+    assert 0.0 < figures.tokens_wasted < 1.0
+
+
+def test_engines_share_the_groups() -> None:
+    cluster = attrs.evolve(CLUSTER, engines=2, slots=1)
+    rollouts = attrs.evolve(ROLLOUTS, groups_per_step=2)
+    loop = simulation(bounded(0, groups_per_step=2), workload(10), rollouts=rollouts, cluster=cluster, steps=1)
+    loop.run()
+    assert loop.figures().seconds == 15.0
+    assert loop.figures().queues["slots"] == 0.0
+
+
+def test_queues_are_averages_over_time() -> None:
+    rollouts = attrs.evolve(ROLLOUTS, groups_per_step=2)
+    cluster = attrs.evolve(CLUSTER, slots=1)
+    loop = simulation(bounded(0, groups_per_step=2), workload(10), rollouts=rollouts, cluster=cluster, steps=1)
+    loop.run()
+    assert loop.figures().seconds == 25.0
+    assert loop.figures().queues == {
+        "batches": 0.0,
+        "ready": pytest.approx(10 / 25),
+        "running": pytest.approx(30 / 25),
+        "slots": pytest.approx(10 / 25),
+    }
+
+
+def test_the_scheduler_is_on_the_virtual_clock() -> None:
+    started: list[float] = []
+
+    class Timed(Watching):
+        def on_publish(self, version: int, in_flight: Sequence[InFlight]) -> Sequence[Drop]:
+            started.append(clocks[0]())
+            return ()
+
+    clocks: list[Callable[[], float]] = []
+
+    def build(clock: Callable[[], float]) -> RolloutScheduler:
+        clocks.append(clock)
+        return Timed([])
+
+    simulation(build, workload(10), steps=3).run()
+    assert started == [17.0, 34.0]
+
+
+def test_a_scheduler_that_starts_nothing_is_found_out() -> None:
+    class Idle(Watching):
+        def capacity(self, pipeline: Pipeline) -> int:
+            return 0
+
+    with pytest.raises(RunError, match="the scheduler starts nothing"):
+        simulation(lambda clock: Idle([]), workload(10)).run()
+
+
+def test_a_run_that_only_drops_is_found_out() -> None:
+    with pytest.raises(RunError, match="64 groups were dropped, the last as 'environment'"):
+        simulation(bounded(0), workload(10, failure=1.0)).run()
+
+
+class Watching:
+    """Synchronous, one group a step; notes how many rollouts each admitted group has."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+
+    def capacity(self, pipeline: Pipeline) -> int:
+        return 1 - pipeline.ready - pipeline.running - (pipeline.next_version - pipeline.version)
+
+    def admit(self, group: Group, version: int) -> Drop | None:
+        self._sizes.append(len(group.rollouts))
+        return None
+
+    def on_publish(self, version: int, in_flight: Sequence[InFlight]) -> Sequence[Drop]:
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass

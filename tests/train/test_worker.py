@@ -1,0 +1,199 @@
+"""A trainer rank as the controller sees it: a real hub on one side, a real rank on the other, a tiny model between."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from prl.compose.compose import Composition, compose, create_run
+from prl.dispatch.hub import Hub
+from prl.dispatch.trainer import Trainer
+from prl.errors import RunError
+from prl.messages import Publish, Retire, Save, StepDone, Stop, TrainStep
+from prl.run_dir import RunDir
+from prl.train import worker
+from prl_disk import DiskConfig
+from prl_disk.files import receive
+
+from tests.train.tiny import SameNames, TinyModel, pack_batch, random_samples
+
+TINY_PLUGIN = """
+    import attrs
+    from prl import hookimpl
+    from prl.compose.config import ModelConfig
+    from prl.providers import Model
+
+    @attrs.frozen(kw_only=True)
+    class TinyConfig(ModelConfig):
+        pass
+
+    @hookimpl
+    def prl_models():
+        here = "tests.train.test_worker"
+        yield Model(name="tiny", config=TinyConfig, summary="", build=f"{here}:build_tiny", weights=f"{here}:weights",
+                    render=f"{here}:weights", special_tokens=("<|end|>",))
+"""
+SETTINGS = (
+    'model.type="tiny"',
+    'tokenizer.characters="abcdefghijklmnopqrstuvw"',
+    'losses.rl={type="dppo"}',
+    'losses.ce={type="cross_entropy"}',
+    'losses.ref_kl={type="ref_kl"}',
+    'optimizer={type="adamw", learning_rate=0.01}',
+    'quantization.type="bf16"',
+    'weights.type="disk"',
+    'trainer.device="cpu"',
+)
+
+
+def build_tiny(config, vocab_size: int) -> TinyModel:
+    return TinyModel(vocab_size)
+
+
+def weights(config, vocab_size: int) -> SameNames:
+    return SameNames()
+
+
+@pytest.fixture
+def launched(toy_config, throwaway_plugin, tmp_path):
+    """`launched(*settings)`: a composition and its run directory."""
+    throwaway_plugin("tiny", TINY_PLUGIN)
+    runs = iter(range(100))
+
+    def launch(*settings: str) -> tuple[Composition, RunDir]:
+        overrides = (*SETTINGS, f'run.dir="{tmp_path}/run-{next(runs)}"', *settings)
+        plugins = "tiny,qwen3,policy_gradient,adamw,native,disk"
+        composition = compose(toy_config, plugins=plugins, overrides=overrides)
+        return composition, create_run(composition, toy_config)
+
+    return launch
+
+
+def converse(composition: Composition, run_dir: RunDir, orders) -> list[object]:
+    """Run a rank, give it `orders` one by one, then Stop; its replies, Hello first."""
+
+    async def controller() -> list[object]:
+        async with Hub(run_dir) as hub, asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(hub.serve())
+            rank = tasks.create_task(asyncio.to_thread(worker.main, composition, run_dir))
+            peer, hello = await hub.hello("trainer", 0)
+            replies: list[object] = [hello]
+            for order in orders:
+                await hub.send(peer, order)
+                if not isinstance(order, Retire):
+                    replies.append(await hub.reply(peer))
+            await hub.send(peer, Stop())
+            assert await rank == 0
+            serving.cancel()
+        return replies
+
+    return asyncio.run(controller())
+
+
+def train_step(version: int, *, publish: bool = False) -> TrainStep:
+    batch = pack_batch(random_samples(6, seed=version, version=version), step=version + 1, version=version)
+    return TrainStep(batch=batch, learning_rate=0.01, publish=publish)
+
+
+def fetched(manifest) -> dict[str, torch.Tensor]:
+    return dict(receive(DiskConfig(), Path()).fetch(manifest))
+
+
+def test_hello_publish_train_and_retire(launched):
+    composition, run_dir = launched()
+    orders = [Publish(), train_step(0), train_step(1, publish=True), Retire(version=0)]
+    hello, published, first, second = converse(composition, run_dir, orders)
+    assert (hello.role, hello.index, hello.world_size, hello.version) == ("trainer", 0, 1, 0)
+    assert (published.version, dict(published.sums), published.manifest.version) == (0, {}, 0)
+    assert (first.step, first.version, first.manifest) == (1, 1, None)
+    assert {"loss/rl", "loss/ce", "loss/ref_kl", "loss/rl/masked", "mismatch/k3", "entropy"} <= first.sums.keys()
+    assert first.values["learning_rate"] == 0.01
+    assert first.values["grad_norm"] > 0
+    assert first.seconds.keys() == {"wait", "forward_backward", "optimizer", "publish"}
+    assert (second.version, second.manifest.version) == (2, 2)
+    newest = fetched(second.manifest)
+    assert newest.keys() == TinyModel(24).state_dict().keys()
+    assert newest["output.weight"].dtype == torch.bfloat16
+    assert not Path(published.manifest.location).exists()
+
+
+def test_the_seed_makes_the_first_weights(launched):
+    def published(seed: int) -> dict[str, torch.Tensor]:
+        _, done = converse(*launched(f"run.seed={seed}", 'quantization.type="fp32"'), [Publish()])
+        return fetched(done.manifest)
+
+    torch.manual_seed(3)
+    expected = TinyModel(24).state_dict()
+    one, again, other = published(3), published(3), published(4)
+    assert all(torch.equal(one[name], expected[name]) and torch.equal(again[name], one[name]) for name in expected)
+    assert not torch.equal(other["output.weight"], one["output.weight"])
+
+
+def test_a_resumed_rank_continues_where_the_checkpoint_was(launched, tmp_path):
+    checkpoint = tmp_path / "step-1"
+    orders = [train_step(0), Save(step=1, path=str(checkpoint)), train_step(1, publish=True)]
+    _, _, saved, uninterrupted = converse(*launched(), orders)
+    assert saved.step == 1
+    hello, resumed = converse(*launched(f'checkpoints.resume="{checkpoint}"'), [train_step(1, publish=True)])
+    assert hello.version == 1
+    assert [t.checksum for t in resumed.manifest.tensors] == [t.checksum for t in uninterrupted.manifest.tensors]
+    assert dict(resumed.sums) == dict(uninterrupted.sums)
+
+
+def test_two_ranks_under_the_agent(launched, toy_plugin, monkeypatch):
+    """The whole trainer: the agent, two `prl worker` processes below it, one manifest."""
+    sizes = "hidden_size=16, intermediate_size=24, layers=1, heads=2, kv_heads=1, head_dim=8"
+    _, run_dir = launched(f'model={{type="qwen3", {sizes}}}', "trainer.ranks=2")
+    batch = pack_batch(random_samples(6, version=0), ranks=2, step=1, version=0)
+    program = [sys.executable, "-m", "prl", "worker", "--run", str(run_dir.path), "--role", "trainer", "--index", "0"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(toy_plugin), str(toy_plugin.parent / "site-prl_tiny")]))
+
+    async def controller() -> list[StepDone]:
+        async with Hub(run_dir) as hub, asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(hub.serve())
+            ranks = [await hub.hello("trainer", rank) for rank in range(2)]
+            assert [hello.world_size for _, hello in ranks] == [2, 2]
+            trainer = Trainer(hub, [peer for peer, _ in ranks])
+            reports = await trainer.step(batch, learning_rate=0.01, publish=True)
+            for peer, _ in ranks:
+                await hub.send(peer, Stop())
+            assert await asyncio.to_thread(agent.wait, 60) == 0
+            serving.cancel()
+        return reports
+
+    with subprocess.Popen(program) as agent:
+        try:
+            first, second = asyncio.run(controller())
+        finally:
+            agent.kill()
+    assert (first.version, second.version) == (1, 1)
+    assert first.values["grad_norm"] == second.values["grad_norm"] > 0
+    assert second.manifest is None
+    assert fetched(first.manifest)["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
+
+
+def reason_of_failure(composition: Composition, run_dir: RunDir, orders=()) -> str:
+    """What the controller is told by a rank that cannot go on."""
+    with pytest.raises(BaseExceptionGroup) as caught:
+        converse(composition, run_dir, orders)
+    reasons = [str(e) for e in caught.value.exceptions if isinstance(e, RunError) and "cannot go on" in str(e)]
+    return "".join(reasons)
+
+
+def test_a_checkpoint_of_another_model_is_reported_before_hello(launched, tmp_path):
+    checkpoint = tmp_path / "step-0"
+    converse(*launched(), [Save(step=0, path=str(checkpoint))])
+    composition, run_dir = launched(f'checkpoints.resume="{checkpoint}"', 'tokenizer.characters="abc"')
+    assert "is of another model: model/embedding.weight is (24, 12), here (4, 12)" in reason_of_failure(
+        composition, run_dir
+    )
+
+
+def test_a_step_of_another_version_is_refused(launched):
+    reason = reason_of_failure(*launched(), [train_step(3)])
+    assert "step 4 trains version 3, and this rank holds 0" in reason
