@@ -1,4 +1,4 @@
-"""contrib/prl-cispo the way a stranger meets it: installed with pip beside prl, listed, chosen; or forgotten, or misspelt."""
+"""contrib/prl-cispo the way a stranger meets it: installed with pip beside prl, listed, chosen; forgotten, misspelt."""
 
 from __future__ import annotations
 
@@ -86,6 +86,8 @@ def test_misspelt_the_error_says_what_was_meant(site: Path, edits: tuple[str, ..
 
 
 def test_its_own_tests_pass_where_it_is_installed(site: Path) -> None:
-    finished = run("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(PACKAGE), str(PACKAGE / "tests"), site=site)
+    finished = run(
+        "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(PACKAGE), str(PACKAGE / "tests"), site=site
+    )
     assert finished.returncode == 0, finished.stdout
     assert "3 passed" in finished.stdout

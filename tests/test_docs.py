@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -91,3 +94,23 @@ def test_configs_that_are_mentioned_exist() -> None:
     for page in PAGES:
         for path in re.findall(r"\b((?:configs|benchmarks)/[\w/]+\.(?:toml|py|jsonl))\b", page.read_text()):
             assert (ROOT / path).is_file(), f"{path} in {page.name}"
+
+
+def commands() -> list[str]:
+    """Every `prl launch` and `prl config check` of the pages; those with contrib/prl-cispo are in test_contrib.py."""
+    lines = [line.removeprefix("$ ") for page in PAGES for line in page.read_text().splitlines()]
+    return sorted(
+        {line for line in lines if re.match(r"prl (launch|config check) configs/", line) and "cispo" not in line}
+    )
+
+
+@pytest.mark.parametrize("command", commands())
+def test_quoted_commands_are_what_they_claim(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composed, not run: the ones that show mistakes are refused with what the page says, the others are accepted."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)[1:]
+    words = ["config", "check", *words[1:]] if words[0] == "launch" else words
+    words = [word for word in words if word != "--dry-run"]
+    finished = subprocess.run([sys.executable, "-m", "prl", *words], capture_output=True, text=True)
+    if finished.returncode:
+        assert f"$ {command}\n{finished.stderr}```" in "".join(page.read_text() for page in PAGES)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,14 @@ def test_a_run_that_just_started_has_a_page(run_dir: RunDir) -> None:
     assert "No metrics were recorded yet." in text
 
 
+def test_a_mean_over_one_environment_is_not_drawn_twice(run_dir: RunDir) -> None:
+    write_lines(run_dir.metrics, [rl_row(n, **{"reward/words": n / 10}) for n in range(1, 5)])
+    (reward,) = (chart for chart in STEP_CHARTS if chart.title == "Reward")
+    assert [s.name for s in reward.series(load(run_dir).steps)] == ["words"]
+    write_lines(run_dir.metrics, [rl_row(n, **{"reward/words": 0.5, "reward/sums": 0.0}) for n in range(1, 5)])
+    assert [s.name for s in reward.series(load(run_dir).steps)] == ["sums", "words", "mean"]
+
+
 def test_lines_that_are_being_written_are_left_out(run_dir: RunDir) -> None:
     for path in (run_dir.metrics, run_dir.rollouts):
         path.write_text(path.read_text() + '{"step": 5, "rew')
@@ -261,6 +270,16 @@ def test_readable_numbers(value: float, shown: str) -> None:
     assert readable(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [((0.985, 1.0), ["0.985", "0.99", "0.995", "1"]), ((12_000, 18_000), ["12k", "14k", "16k", "18k"])],
+)
+def test_ticks_have_the_digits_that_tell_them_apart(values: tuple[float, float], labels: list[str]) -> None:
+    svg = ElementTree.fromstring(line_chart([Series(name="x", points=list(enumerate(values)))]))
+    shown = [e.text for e in svg.iter() if e.attrib.get("text-anchor") == "end"]
+    assert [label for label in shown if label in labels] == labels
+
+
 def test_a_single_point_is_a_dot() -> None:
     assert "<circle" in line_chart([Series(name="x", points=[(3, 0.5)])])
 
@@ -279,6 +298,15 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(run_dir: RunDir, 
     ):
         assert parsed.run(parsed) == 0
         assert expected.read_text().startswith("<!doctype html>")
+
+
+def test_a_run_whose_processes_are_gone_is_called_killed(run_dir: RunDir) -> None:
+    run_dir.state.write_text(json.dumps({"status": "running"}))
+    gone = {"role": "controller", "index": 0, "pid": 2**22 + 1, "host": socket.gethostname(), "log": "x"}
+    run_dir.processes.write_text(json.dumps([gone]))
+    parsed = arguments(str(run_dir.path))
+    assert parsed.run(parsed) == 0
+    assert "killed" in Page((run_dir.path / "report.html").read_text()).text
 
 
 def test_the_command_refuses_what_is_no_run_and_a_place_it_cannot_write_to(run_dir: RunDir, tmp_path: Path) -> None:

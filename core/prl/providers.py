@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prl.compose.config import Run
     from prl.compose.plan import LaunchPlan
     from prl.rollout.conversation import Conversation
-    from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Stream, Task
+    from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Stream, Task, Tool
 
 Ref: TypeAlias = str
 """`"package.module:attribute"`, imported lazily."""
@@ -122,8 +122,11 @@ class Renderer(Protocol):
 
     stop_tokens: tuple[int, ...]
 
-    def start(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation's opening messages, ending where the assistant begins to speak."""
+    def start(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> list[int]:
+        """Tokens of a conversation's opening messages, ending where the assistant begins to speak.
+
+        `tools` are declared to the policy where its chat format has a place for them.
+        """
 
     def extend(self, messages: Sequence[Message], *, stopped: bool) -> list[int]:
         """Tokens to append after a sampled assistant turn so that it can speak again after `messages`.
@@ -131,10 +134,16 @@ class Renderer(Protocol):
         `stopped` says whether the turn ended in a stop token (else the renderer closes it).
         """
 
-    def parse(self, completion: Sequence[int]) -> Message:
-        """A sampled turn (stop token included or not) as an assistant message."""
+    def parse(self, completion: Sequence[int], *, tools: Sequence[Tool] = ()) -> Message:
+        """A sampled turn (stop token included or not) as an assistant message; never raises.
 
-    def demonstration(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        What is no well-formed tool call stays in `content`. `tools` tell text from numbers in formats that write both
+        alike.
+        """
+
+    def demonstration(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
+    ) -> tuple[list[int], list[bool]]:
         """A whole conversation as tokens, and which of them the assistant says (stop token included)."""
 
 

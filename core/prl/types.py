@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Message: TypeAlias = Mapping[str, Any]
-"""A chat message as OpenAI's API writes it: `{"role": "user", "content": "..."}`."""
+"""A chat message as OpenAI's API writes it: `{"role": "user", "content": "..."}`.
+
+An assistant's may also have `reasoning_content` (text) and `tool_calls` (`[{"id", "type": "function", "function":
+{"name", "arguments": JSON text}}]`); `{"role": "tool", "tool_call_id", "content"}` answers one call.
+"""
+
+Tool: TypeAlias = Mapping[str, Any]
+"""A function the policy may call, as OpenAI's API writes it: `{"type": "function", "function": {"name", "description",
+"parameters": JSON schema}}`."""
 
 Int32: TypeAlias = NDArray[np.int32]
 Float32: TypeAlias = NDArray[np.float32]

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, get_origin
 
 import attrs
 import cattrs
+import cattrs.v
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import zmq
@@ -97,7 +98,13 @@ def decode(frames: Sequence[Any], expected: Sequence[type]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else repr(error)
+    if not isinstance(error, cattrs.BaseValidationError):
+        return repr(error)
+    return "; ".join(cattrs.transform_error(error, format_exception=_explain))
+
+
+def _explain(error: BaseException, expected: type | None) -> str:
+    return str(error) if isinstance(error, TypeError) else cattrs.v.format_exception(error, expected)
 
 
 def _structure(fields: Any, cls: type) -> Any:
@@ -187,7 +194,7 @@ def _dealer(context: Any, run_dir: RunDir, identity: str, timeout: float) -> Any
     socket.setsockopt(zmq.IDENTITY, identity.encode())
     socket.setsockopt(zmq.PLAIN_USERNAME, USER.encode())
     socket.setsockopt(zmq.PLAIN_PASSWORD, run_dir.token().encode())
-    socket.setsockopt(zmq.LINGER, 5000)
+    socket.setsockopt(zmq.LINGER, 1000)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)

@@ -145,7 +145,7 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         checkpoint.load(Pair(), WEIGHT_MAP, tmp_path)
 
 
@@ -166,6 +166,13 @@ def test_an_index_that_names_an_absent_file(tmp_path: Path) -> None:
     save(tmp_path, max_shard_bytes=50)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        checkpoint.load(Pair(), WEIGHT_MAP, tmp_path)
+
+
+def test_an_index_that_names_an_absent_tensor(tmp_path: Path) -> None:
+    save(tmp_path, max_shard_bytes=50)
+    rewrite(tmp_path / "model-00002-of-00003.safetensors", **{"m.norm": None})
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is damaged: m\.norm"):
         checkpoint.load(Pair(), WEIGHT_MAP, tmp_path)
 
 

@@ -7,7 +7,9 @@ What is held, answered or refused is decided by the test.
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ from prl.messages import (
     TrainStep,
 )
 from prl.providers import Engine, Environment, Provider, Tracker
-from prl.run_dir import RunDir
+from prl.run_dir import RunDir, read_json
 from prl.types import Failure, Group, Manifest, Message, Rollout, Sample, Sampling, StopReason, TensorRecord, Turn
 from prl.wire import Connection
 from prl_bounded_staleness import BoundedStalenessConfig
@@ -78,7 +80,9 @@ def answer(request: RunGroup, *, version: int | None = None, failed: int = 0, wh
         task=request.task,
         attempt=request.attempt,
         started_version=request.version,
-        rollouts=tuple(rollout(f"{request.group_id}.{i}", version=sampled_by, reward=float(i % 2)) for i in range(kept)),
+        rollouts=tuple(
+            rollout(f"{request.group_id}.{i}", version=sampled_by, reward=float(i % 2)) for i in range(kept)
+        ),
         failures=tuple(
             Failure(rollout_id=f"{request.group_id}.{i}", where=where, error="broke") for i in range(kept, request.size)
         ),
@@ -189,29 +193,32 @@ class FakeTrainer:
 
 @attrs.define(eq=False)
 class FakeEngine:
-    """An engine's client, in the controller's loop; `broken` names calls that fail."""
+    """An engine's client, in the controller's loop; `broken` names calls that fail, `held` those that wait."""
 
     prepared: list[int] = attrs.field(factory=list)
     committed: list[int] = attrs.field(factory=list)
     broken: set[str] = attrs.field(factory=set)
-    on_call: Callable[[str], None] = lambda call: None
+    held: dict[str, asyncio.Event] = attrs.field(factory=dict)
+    calls: list[str] = attrs.field(factory=list)
     closed: bool = False
 
-    def _call(self, name: str) -> None:
-        self.on_call(name)
+    async def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.held:
+            await self.held[name].wait()
         if name in self.broken:
             raise InfrastructureError(f"{name} is broken")
 
     async def prepare(self, manifest: Manifest) -> None:
-        self._call("prepare")
+        await self._call("prepare")
         self.prepared.append(manifest.version)
 
     async def commit(self, version: int) -> None:
-        self._call("commit")
+        await self._call("commit")
         self.committed.append(version)
 
     async def statistics(self) -> Mapping[str, float]:
-        self._call("statistics")
+        await self._call("statistics")
         return {"version": 0, "running": 0, "waiting": 0, "generated_tokens": 0, "busy_seconds": 0.0}
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling, **options: Any) -> list[Any]:
@@ -357,7 +364,7 @@ class FakeRun:
     path: Path
     run: Run
     environments: list[FakeEnvironment] = attrs.field(factory=lambda: [FakeEnvironment()])
-    trainers: list[FakeTracker] = attrs.field(factory=lambda: [FakeTrainer()])
+    trainers: list[FakeTrainer] = attrs.field(factory=lambda: [FakeTrainer()])
     engines: list[FakeEngine] = attrs.field(factory=lambda: [FakeEngine()])
     tracker: FakeTracker = attrs.field(factory=FakeTracker)
     hooks: FakeHooks = attrs.field(factory=FakeHooks)
@@ -404,15 +411,32 @@ class FakeRun:
         finally:
             connection.close()
 
+    # --- what was written ---------------------------------------------------------------------------------------------
+    def lines(self, phase: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl of a phase."""
+        return [line for line in _json_lines(self.run_dir.metrics) if line["phase"] == phase]
 
-class Gate:
-    """Lets a trainer's steps pass one by one, as the test says."""
+    def trained(self) -> list[dict[str, Any]]:
+        """Lines of rollouts.jsonl."""
+        return _json_lines(self.run_dir.rollouts)
 
-    def __init__(self) -> None:
-        self._semaphore = threading.Semaphore(0)
+    def trained_groups(self) -> list[int]:
+        """Ids of the groups that were trained, in order."""
+        return [row["group_id"] for row in self.trained() if row["member"] == "0"]
 
-    def open(self, steps: int = 1) -> None:
-        self._semaphore.release(steps)
+    def until(self, ready: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait, in a worker's thread, until state.json says so; it is replaced as a whole."""
+        pause = threading.Event()
+        deadline = time.monotonic() + 20
+        while not ready(self.state):
+            assert time.monotonic() < deadline, self.state
+            pause.wait(0.01)
 
-    def __call__(self, order: TrainStep) -> None:
-        assert self._semaphore.acquire(timeout=20), "the test never let this step pass"
+    @property
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = read_json(self.run_dir.state)
+        return state
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

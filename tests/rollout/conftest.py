@@ -11,7 +11,14 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
-from prl.compose.config import EngineConfig, EnvironmentConfig, ModelConfig, RolloutSection, RunSection, TokenizerSection
+from prl.compose.config import (
+    EngineConfig,
+    EnvironmentConfig,
+    ModelConfig,
+    RolloutSection,
+    RunSection,
+    TokenizerSection,
+)
 from prl.providers import Engine, Environment, Model, Provider, Score
 from prl.rollout.conversation import Conversation
 from prl.types import Completion, Message, Sampling, Split, StopReason, Task, as_tokens
@@ -119,7 +126,7 @@ async def length_of_reply(task: Task, conversations: Sequence[Conversation]) -> 
     return [Score(reward=float(len(conversation.reply))) for conversation in conversations]
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class FakeEnvironment:
     """Four training tasks and two held-out ones; what it does is what a test puts in."""
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 import pytest
+from prl.compose.config import ModelConfig, TokenizerSection
 from prl.errors import InfrastructureError, UserError
 from prl.messages import RunGroup
-from prl.providers import Score
+from prl.providers import Score, Tokenizer
+from prl.rollout import chatml
 from prl.rollout.conversation import Conversation
 from prl.rollout.runner import GroupRunner, environment_names
-from prl.types import Completion, Group, Sampling, Task, TaskRef
+from prl.rollout.tokenizer import load
+from prl.types import Completion, Group, Sample, Sampling, StopReason, Task, TaskRef, as_tokens
+from prl_guessing import GuessingConfig
+from prl_guessing.environment import build as build_guessing
 
 END, ASSISTANT, USER = 0, 1, 2
 
@@ -303,7 +309,14 @@ def test_demonstrations_weigh_what_the_assistant_says(composition: Any) -> None:
     assert not first.engine_logprobs.any()
     assert not first.advantages.any()
     assert first.temperature == 1.0
-    columns = (first.tokens, first.sampled, first.engine_logprobs, first.versions, first.advantages, first.weights["ce"])
+    columns = (
+        first.tokens,
+        first.sampled,
+        first.engine_logprobs,
+        first.versions,
+        first.advantages,
+        first.weights["ce"],
+    )
     assert [column.dtype for column in columns] == [np.int32, np.bool_, np.float32, np.int32, np.float32, np.float32]
     assert {len(column) for column in columns} == {len(first)}
     assert second.tokens.tolist()[1:6] == [*map(ord, "eval1")]
@@ -324,29 +337,45 @@ def test_demonstrations_that_cannot_be_used(
         asyncio.run(runner_of(composition).demonstrate([ref()]))
 
 
-# --- a real multi-turn environment ------------------------------------------------------------------------------------
-def test_guessing_extends_the_tokens_of_earlier_turns(
-    composition: Any, engine: Any, completion: Callable[..., Completion]
-) -> None:
-    from prl_guessing import GuessingConfig
-    from prl_guessing.environment import build
+# --- a real multi-turn environment, a real chat format ----------------------------------------------------------------
+class BinarySearch:
+    """A policy that reads the hints off its prompt and answers with the middle of what is left."""
 
-    composition.parts["fake:build"] = lambda section, seed: build(GuessingConfig(), seed)
-    composition.run.rollouts = attrs.evolve(composition.run.rollouts, sequence_length=128)
-    turns: dict[str, int] = {}
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.requests = 0
 
-    def guess(prompt: Sequence[int], sampling: Sampling) -> Completion:
-        """Binary search for 8, read off the prompt."""
-        heard = "".join(map(chr, prompt))
+    def __call__(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         low, high = 0, 14
-        for hint in [word for word in heard.replace(chr(USER), " ").replace(chr(END), " ").split() if word != "0"]:
+        for hint in re.findall("higher|lower", self.tokenizer.decode(prompt)):
             middle = (low + high) // 2
-            low, high = {"higher": (middle + 1, high), "lower": (low, middle - 1)}.get(hint, (low, high))
-        turns[heard] = turns.get(heard, 0) + 1
-        return completion(str((low + high) // 2), version=len(turns))
+            low, high = (middle + 1, high) if hint == "higher" else (low, middle - 1)
+        self.requests += 1
+        tokens = as_tokens([*self.tokenizer.encode(str((low + high) // 2)), self.tokenizer.special(chatml.END)])
+        return Completion(
+            tokens=tokens,
+            logprobs=np.full(len(tokens), -0.5, dtype=np.float32),
+            versions=np.full(len(tokens), self.requests, dtype=np.int32),
+            stop=StopReason.STOP,
+        )
 
-    engine.reply = guess
-    group = asyncio.run(runner_of(composition).run(request(ref(7), size=2)))
+
+@pytest.fixture
+def guessing(composition: Any, engine: Any) -> Any:
+    """The composition with the guessing environment, ChatML over characters, and a policy that searches."""
+    section = TokenizerSection(characters="abcdefghijklmnopqrstuvwxyz0123456789 \n")
+    specials = (chatml.START, chatml.END)
+    engine.reply = BinarySearch(load(section, specials))
+    composition.parts["fake:build"] = lambda config, seed: build_guessing(GuessingConfig(), seed)
+    composition.parts["m:render"] = lambda config, tokenizer: chatml.ChatMLRenderer(tokenizer)
+    composition.providers[ModelConfig] = attrs.evolve(composition.providers[ModelConfig], special_tokens=specials)
+    composition.run.tokenizer = section
+    composition.run.rollouts = attrs.evolve(composition.run.rollouts, sequence_length=256)
+    return composition
+
+
+def test_guessing_extends_the_tokens_of_earlier_turns(guessing: Any, engine: Any) -> None:
+    group = asyncio.run(runner_of(guessing).run(request(ref(7), size=2)))
     assert [rollout.metrics["accuracy"] for rollout in group.rollouts] == [1.0, 1.0]
     assert [asked.n for asked in engine.asked] == [2, 1, 1, 1, 1, 1, 1]
     for rollout in group.rollouts:
@@ -354,6 +383,19 @@ def test_guessing_extends_the_tokens_of_earlier_turns(
         assert said == ["7", "11", "9", "8"]
         own = [asked.prompt for asked in engine.asked if asked.session in ("", rollout.rollout_id)]
         assert [tuple(rollout.tokens[: turn.start].tolist()) for turn in rollout.turns] == own
-        versions = rollout.versions[rollout.sampled]
-        assert (np.diff(versions) >= 0).all()
+        assert rollout.sampled_count == sum(len(text) + 1 for text in said)
+        assert (np.diff(rollout.versions[rollout.sampled]) >= 0).all()
         assert (rollout.versions[~rollout.sampled] == -1).all()
+        assert set(rollout.logprobs[rollout.sampled].tolist()) == {-0.5}
+
+
+def test_a_rollout_reads_like_its_demonstration(guessing: Any, engine: Any) -> None:
+    """Token for token: what the warm-up teaches is what rl samples, and the same tokens count."""
+
+    async def scenario() -> tuple[Group, tuple[Sample, ...]]:
+        runner = runner_of(guessing)
+        return await runner.run(request(ref(7), size=1)), await runner.demonstrate([ref(7)])
+
+    group, (sample,) = asyncio.run(scenario())
+    assert group.rollouts[0].tokens.tolist() == sample.tokens.tolist()
+    assert group.rollouts[0].sampled.tolist() == (sample.weights["ce"] == 1.0).tolist()

@@ -8,7 +8,7 @@ import attrs
 import pytest
 import torch
 from prl.errors import InfrastructureError, RunError
-from prl.weights.tensors import read_tensors, tensor_bytes, write_raw, write_safetensors
+from prl.weights.tensors import read_tensors, tensor_bytes, write_atomically, write_raw, write_safetensors
 from safetensors.torch import load_file
 
 WRITERS = [write_raw, write_safetensors]
@@ -37,7 +37,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_round_trip_is_exact(tmp_path, write):
-    records = write(tmp_path / "weights", iter(assorted()))
+    records = write_atomically(tmp_path / "weights", write, iter(assorted()))
     seen = dict(read_tensors(tmp_path / "weights", records, what="version 1"))
     assert seen.keys() == dict(assorted()).keys()
     assert all(same(seen[name], tensor) for name, tensor in assorted())
@@ -46,26 +46,26 @@ def test_round_trip_is_exact(tmp_path, write):
 
 def test_records_say_where_and_what(tmp_path):
     content = torch.arange(4, dtype=torch.float32)
-    first, second = write_raw(tmp_path / "weights", [("a", content[:3]), ("b", content)])
+    first, second = write_atomically(tmp_path / "weights", write_raw, [("a", content[:3]), ("b", content)])
     assert (first.offset, first.nbytes, second.offset, second.nbytes) == (0, 12, 64, 16)
     assert (second.dtype, second.shape, second.checksum) == ("float32", (4,), zlib.crc32(content.numpy().tobytes()))
 
 
 def test_a_safetensors_file_is_one_for_everybody(tmp_path):
-    write_safetensors(tmp_path / "x.safetensors", assorted())
+    write_atomically(tmp_path / "x.safetensors", write_safetensors, assorted())
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(same(loaded[name], tensor) for name, tensor in assorted())
 
 
 def test_a_dtype_safetensors_does_not_know(tmp_path):
     with pytest.raises(RunError, match=r"tensor z is torch\.complex64"):
-        write_safetensors(tmp_path / "x", [("z", torch.zeros(2, dtype=torch.complex64))])
+        write_atomically(tmp_path / "x", write_safetensors, [("z", torch.zeros(2, dtype=torch.complex64))])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensors_outlive_their_file_and_may_be_written_to(tmp_path):
     path = tmp_path / "weights"
-    records = write_raw(path, [("a", torch.ones(1000))])
+    records = write_atomically(path, write_raw, [("a", torch.ones(1000))])
     ((_, seen),) = read_tensors(path, records, what="version 1")
     ((_, other),) = read_tensors(path, records, what="version 1")
     path.unlink()
@@ -76,14 +76,14 @@ def test_tensors_outlive_their_file_and_may_be_written_to(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "weights"
-    records = write_raw(path, [("a", torch.ones(3))])
+    records = write_atomically(path, write_raw, [("a", torch.ones(3))])
 
     def broken():
         yield "a", torch.zeros(3)
         raise RuntimeError("the model broke")
 
     with pytest.raises(RuntimeError, match="the model broke"):
-        write_raw(path, broken())
+        write_atomically(path, write_raw, broken())
     ((_, seen),) = read_tensors(path, records, what="version 1")
     assert seen.tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_flipped_byte_is_named(tmp_path, write):
     path = tmp_path / "weights"
-    records = write(path, [("a", torch.ones(8)), ("b", torch.ones(8))])
+    records = write_atomically(path, write, [("a", torch.ones(8)), ("b", torch.ones(8))])
     content = bytearray(path.read_bytes())
     content[records[1].offset + 5] ^= 0x10
     path.write_bytes(content)
@@ -104,7 +104,7 @@ def test_a_flipped_byte_is_named(tmp_path, write):
 
 def test_a_file_cut_short_is_named(tmp_path):
     path = tmp_path / "weights"
-    records = write_raw(path, [("a", torch.ones(8))])
+    records = write_atomically(path, write_raw, [("a", torch.ones(8))])
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InfrastructureError, match="version 4: tensor a ends at byte 32, the file at byte 31"):
         list(read_tensors(path, records, what="version 4"))
@@ -116,7 +116,7 @@ def test_a_file_cut_short_is_named(tmp_path):
 @pytest.mark.parametrize("changes", [{"dtype": "float7"}, {"dtype": "load"}, {"shape": (9,)}, {"offset": -4}], ids=str)
 def test_a_record_that_contradicts_itself_is_refused(tmp_path, changes):
     path = tmp_path / "weights"
-    (record,) = write_raw(path, [("a", torch.ones(8))])
+    (record,) = write_atomically(path, write_raw, [("a", torch.ones(8))])
     with pytest.raises(InfrastructureError, match="the record of tensor a contradicts itself"):
         list(read_tensors(path, [attrs.evolve(record, **changes)], what="version 4"))
 

@@ -10,23 +10,20 @@ says which of them see each other, and the kernel is chosen here from the case a
 
 from __future__ import annotations
 
-import inspect
+from inspect import signature
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 
 from prl.blocks import padding
 from prl.blocks.cache import KeyValueCache
 from prl.blocks.context import Context
 from prl.blocks.padding import Padding
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    _VARLEN = False
-else:
-    _VARLEN = {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+_GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""torch 2.11 takes grouped keys without being told."""
 
 
 def attend(
@@ -50,7 +47,7 @@ def attend(
 
 def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
     """All sequences begin with these tokens: block-diagonal causal attention."""
-    if _VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if _flash_takes(q):
         return _variable_length(q, k, v, context, scale)
     layout = _layout(context)
     rectangles = [
@@ -70,13 +67,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False
     return out.transpose(1, 2)
 
 
+def _flash_takes(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691); a GPU in half precision only."""
+    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691)."""
     if "bounds" not in context.memo:
         lengths = torch.tensor((0, *context.lengths), dtype=torch.int32)
         context.memo["bounds"] = lengths.cumsum(0, dtype=torch.int32).to(q.device)
     bounds, longest = context.memo["bounds"], context.longest
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
     assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ _SHOWN = 8
 def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
     """Fill every tensor of `model` from `folder`, cast to its dtype; what was read for one is freed before the next.
 
-    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's; the model is then as it
-    was.
+    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's.
     """
     stored = _StoredTensors(folder)
     tensors = model.state_dict()
@@ -84,22 +84,29 @@ class _StoredTensors(Mapping[str, Tensor]):
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
+        file = self._file(name)
         self.read.add(name)
-        tensor: Tensor = self._slice(name)[:]
+        with self._explained(name):
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Read from the file's header."""
-        return tuple(self._slice(name).get_shape())
+        with self._explained(name):
+            return tuple(self._file(name).get_slice(name).get_shape())
 
-    def _slice(self, name: str) -> Any:
+    def _file(self, name: str) -> Any:
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = _open(self._folder / file)
+        return self._open[file]
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
         try:
-            return self._open[file].get_slice(name)
+            yield
         except SafetensorError as error:
-            raise CheckpointError(f"{self._folder / file} is damaged: {name}: {error}") from error
+            raise CheckpointError(f"{self._folder / self._file_of[name]} is damaged: {name}: {error}") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of

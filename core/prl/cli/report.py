@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prl.cli.runs import add_run_argument, find_run
+import attrs
+
+from prl.cli.runs import FINAL, add_run_argument, find_run, is_over
 from prl.errors import UserError
 
 
@@ -23,7 +25,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     run_dir = find_run(arguments.directory)
     output: Path = arguments.output or run_dir.path / "report.html"
-    page = render(load(run_dir))
+    record = load(run_dir)
+    if is_over(run_dir) and record.status not in FINAL:
+        record = attrs.evolve(record, status="killed")
+    page = render(record)
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:

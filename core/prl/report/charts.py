@@ -22,11 +22,13 @@ class Chart:
     kind: Literal["line", "log", "stacked"] = "line"
     from_zero: bool = True
     smoothed: bool = True
+    distinct: bool = False
+    """Leave out a curve that equals an earlier one: a mean over one environment."""
     phases: frozenset[str] = frozenset({"rl"})
     x: str = "step"
 
     def series(self, rows: Sequence[Mapping[str, Any]]) -> list[Series]:
-        """The curves that the rows have anything for, in the order of the patterns; no curve twice."""
+        """The curves that the rows have anything for, in the order of the patterns."""
         rows = [row for row in rows if row.get("phase", "rl") in self.phases]
         names = sorted({name for row in rows for name in row})
         found: list[Series] = []
@@ -34,7 +36,7 @@ class Chart:
             for match in filter(None, (re.fullmatch(pattern, name) for name in names)):
                 missing = 0.0 if self.kind == "stacked" else None
                 points = points_of(rows, x=self.x, y=match.string, missing=missing)
-                if points and points not in [s.points for s in found]:
+                if points and not (self.distinct and points in [s.points for s in found]):
                     found.append(Series(name=match.expand(label), points=points))
         return found
 
@@ -61,6 +63,7 @@ STEP_CHARTS: tuple[Chart, ...] = (
         title="Reward",
         meaning="Mean reward of the groups trained in a step, exploration noise included.",
         metrics={"reward/(?!mean)(.+)": r"\1", "reward/mean": "mean"},
+        distinct=True,
     ),
     Chart(
         title="Entropy",

@@ -57,14 +57,15 @@ def _name(section: Mapping[str, Any]) -> str:
 
 
 def _tiles(record: Record) -> str:
+    steps = [row for row in record.steps if row.get("phase") == "rl"]
     tiles = [_tile(f"held-out, {name}", _change(values)) for name, values in _held_out(record)]
     tiles += [
-        _tile("reward, first and last tenth", _change(_tenths(_column(record.steps, "reward/mean")))),
+        _tile("reward, first and last tenth", _change(_tenths(_column(steps, "reward/mean")))),
         _tile("steps", str(int(record.steps[-1]["step"])) if record.steps else "0"),
         _tile("wall time", f"{record.seconds / 60:.1f} min"),
-        _tile("tokens/s, median", _middle(_column(record.steps, "tokens/per_second"))),
-        _tile("largest staleness", _largest(_column(record.steps, "staleness/max"))),
-        _tile("k3 fresh, median", _middle(_column(record.steps, "mismatch/k3_fresh"))),
+        _tile("tokens/s, median", _middle(_column(steps, "tokens/per_second"))),
+        _tile("largest staleness", _largest(_column(steps, "staleness/max"))),
+        _tile("k3 fresh, median", _middle(_column(steps, "mismatch/k3_fresh"))),
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 

@@ -146,13 +146,22 @@ def _rounded(value: float) -> float:
 
 def _grid(axes: Axes) -> str:
     parts = []
-    for value in _log_ticks(axes) if axes.scale == "log" else linear_ticks(axes.y_low, axes.y_high):
+    for value, label in _labelled(_log_ticks(axes) if axes.scale == "log" else linear_ticks(axes.y_low, axes.y_high)):
         y = axes.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{readable(value, 2)}</text>')
-    for value in linear_ticks(axes.x_low, axes.x_high):
-        parts.append(f'<text x="{axes.x(value):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{readable(value, 2)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for value, label in _labelled(linear_ticks(axes.x_low, axes.x_high)):
+        parts.append(f'<text x="{axes.x(value):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{label}</text>')
     return "".join(parts)
+
+
+def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """With as few digits as tell them apart."""
+    for digits in range(1, 8):
+        labels = [readable(tick, digits) for tick in ticks]
+        if all(math.isclose(float(f"{tick:.{digits}g}"), tick, abs_tol=1e-12) for tick in ticks):
+            break
+    return list(zip(ticks, labels, strict=True))
 
 
 def linear_ticks(low: float, high: float) -> list[float]:

@@ -109,7 +109,7 @@ class Conversation:
     @property
     def reply(self) -> str:
         """What the policy said last; empty when it has not spoken."""
-        return next((str(m["content"]) for m in reversed(self.messages) if m["role"] == "assistant"), "")
+        return next((str(m.get("content") or "") for m in reversed(self.messages) if m["role"] == "assistant"), "")
 
     async def ask(self, messages: Sequence[Message]) -> Message:
         """Say `messages`, let the policy speak, and return what it said.

@@ -230,11 +230,14 @@ async def _score(env: Env, task: Task, conversations: Sequence[Conversation]) ->
 
 def _finite(score: Score) -> Score:
     """The score as plain floats; InfrastructureError when one of them is no finite number."""
-    numbers = {"reward": float(score.reward), **{name: float(value) for name, value in score.metrics.items()}}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise InfrastructureError(f"the environment scored {name} = {value}; it must be a finite number")
-    return Score(reward=numbers.pop("reward"), metrics=numbers)
+    metrics = {name: _number(name, value) for name, value in score.metrics.items()}
+    return Score(reward=_number("reward", score.reward), metrics=metrics)
+
+
+def _number(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise InfrastructureError(f"the environment scored {name} = {value}; it must be a finite number")
+    return float(value)
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ from prl.wire import AsyncConnection, WireError
 
 def main(composition: Composition, run_dir: RunDir, index: int) -> int:
     """Serve until `Stop`; the exit code of the process."""
-    asyncio.run(_work(composition, run_dir, index))
+    asyncio.run(work(composition, run_dir, index))
     return 0
 
 
-async def _work(composition: Composition, run_dir: RunDir, index: int) -> None:
+async def work(composition: Composition, run_dir: RunDir, index: int) -> None:
+    """Build the environments, say Hello, serve, close everything."""
     async with AsyncExitStack() as stack:
         connection = AsyncConnection(run_dir, f"environment-{index}")
         stack.callback(connection.close)

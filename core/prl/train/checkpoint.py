@@ -65,6 +65,7 @@ class TrainerState:
         state = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         state |= dict(self._optimizer_items())
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        shards = ((name, local(tensor)) for name, tensor in tensors.items())
         record = RankRecord(
             format=FORMAT,
             step=step,
@@ -72,7 +73,7 @@ class TrainerState:
             seed=self.seed,
             world_size=self.world_size,
             optimizer=type(self.optimizer).__name__,
-            tensors=write_safetensors(self._shards(folder), ((name, local(t)) for name, t in tensors.items())),
+            tensors=write_atomically(self._shards(folder), write_safetensors, shards),
             shapes={name: tuple(t.shape) for name, t in tensors.items()},
             numbers={name: value for name, value in state.items() if name not in tensors},
         )

@@ -88,7 +88,7 @@ def _find(reference: str) -> Callable[..., Any]:
         raise UserError(f'reward = {reference!r}: expected "package.module:function" or "path/to/file.py:function"')
     is_file = where.endswith(".py")
     module = _load_file(reference, Path(where)) if is_file else _imported(reference, lambda: import_module(where))
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(f"reward = {reference!r}: {where} has no function {name!r}{did_you_mean(name, known)}")

@@ -44,9 +44,7 @@ class ReasoningGym:
         self._items = {split: interleave([numbers[split] for numbers in found]) for split in splits}
         for split, items in self._items.items():
             if not items:
-                raise UserError(
-                    f"environment {config.name!r} finds no {split} tasks: with these parameters there are too few questions"
-                )
+                raise UserError(f"environment {config.name!r} finds no {split} tasks; its datasets have too few")
 
     def size(self, split: Split) -> int:
         """As many as the config asks for; fewer when a dataset has fewer distinct questions than its share."""

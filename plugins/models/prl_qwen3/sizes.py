@@ -54,6 +54,8 @@ def _read(file: Path) -> Qwen3Config:
         stored: Mapping[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"model.checkpoint: cannot read {file}: {error}") from error
+    if "num_local_experts" in stored:  # what transformers 5 calls it
+        stored = {"num_experts": stored["num_local_experts"], **stored}
     for key, allowed in _ONLY.items():
         if stored.get(key) not in allowed:
             raise UserError(f"{file}: {key} = {stored.get(key)!r} is not supported, only {allowed[0]!r}")

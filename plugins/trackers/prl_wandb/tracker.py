@@ -1,7 +1,7 @@
 """The wandb tracker. Called by the controller only.
 
 Evaluations finish whenever they finish, often after later steps were logged, and wandb drops what arrives with an older
-step. So nothing is logged against wandb's own step: every curve has `step` for its x axis, held-out curves `eval/version`.
+step. So nothing is logged against wandb's own step: curves have `step` for their x axis, held-out ones `eval/version`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import wandb
 from prl.compose.config import Run
 from prl.run_dir import RunDir
 from prl.types import Group
+
 from prl_wandb import WandbConfig
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 from prl.types import Manifest
-from prl.weights.tensors import read_tensors, write_safetensors
+from prl.weights.tensors import read_tensors, write_atomically, write_safetensors
 from torch import Tensor
 
 from prl_disk import DiskConfig
@@ -27,7 +27,8 @@ class DiskSender:
         """Write a version; a version written before is replaced."""
         path = self._version(version) / "model.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Manifest(version=version, location=str(path), tensors=write_safetensors(path, tensors))
+        records = write_atomically(path, write_safetensors, tensors)
+        return Manifest(version=version, location=str(path), tensors=records)
 
     def retire(self, version: int) -> None:
         shutil.rmtree(self._version(version), ignore_errors=True)

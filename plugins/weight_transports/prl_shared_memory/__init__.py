@@ -20,7 +20,7 @@ def prl_weight_transports() -> Iterable[WeightTransport]:
     yield WeightTransport(
         name="shared_memory",
         config=SharedMemoryConfig,
-        summary="memory-backed files in /dev/shm, for trainer and engines on one host",
+        summary="memory that trainer and engines of one host share",
         send="prl_shared_memory.segments:send",
         receive="prl_shared_memory.segments:receive",
     )

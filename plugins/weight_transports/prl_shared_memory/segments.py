@@ -1,8 +1,11 @@
-"""One memory-backed file per version, `/dev/shm/prl-<run>/version-<n>`, mapped by every engine of the host.
+"""One segment of memory per version, written by the trainer and mapped by every engine of the host.
 
-Where there is no /dev/shm (macOS) the files lie in the system's temporary folder. The newest `KEPT` versions exist at a
-time, so that a lost `retire` cannot fill the memory; an engine that asks for an older one is told that it is gone and
-catches up with the newest.
+On Linux a segment is an anonymous file (memfd) that the trainer holds open and engines open as `/proc/<pid>/fd/<n>`: it
+needs no room in /dev/shm, which containers keep small, and is gone when the last process that uses it is, however the
+run ended. Elsewhere segments are files in a folder of the system's temporary directory.
+
+The newest `KEPT` versions exist at a time, so that a lost `retire` cannot fill the memory; an engine that asks for an
+older one is told that it is gone and catches up with the newest.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import attrs
 from prl.errors import InfrastructureError
+from prl.providers import WeightSender
 from prl.types import Manifest
-from prl.weights.tensors import read_tensors, write_raw
+from prl.weights.tensors import read_tensors, write_atomically, write_raw
 from torch import Tensor
 
 from prl_shared_memory import SharedMemoryConfig
@@ -25,9 +30,37 @@ from prl_shared_memory import SharedMemoryConfig
 KEPT = 3
 
 
+@attrs.define
+class MemorySender:
+    """Trainer side where there are anonymous files."""
+
+    _held: dict[int, BinaryIO] = attrs.field(factory=dict)
+
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
+        """Write a version while the tensors come; the oldest beyond `KEPT` goes."""
+        self.retire(version)
+        file = self._held[version] = os.fdopen(os.memfd_create(_segment_name(version)), "wb")
+        manifest = Manifest(
+            version=version,
+            location=f"/proc/{os.getpid()}/fd/{file.fileno()}",
+            tensors=write_raw(file, tensors),
+        )
+        for old in sorted(self._held)[:-KEPT]:
+            self.retire(old)
+        return manifest
+
+    def retire(self, version: int) -> None:
+        if version in self._held:
+            self._held.pop(version).close()
+
+    def close(self) -> None:
+        for version in list(self._held):
+            self.retire(version)
+
+
 @attrs.frozen
-class SharedMemorySender:
-    """Trainer side; owns the folder, and empties it of what an earlier attempt of the run left."""
+class FileSender:
+    """Trainer side elsewhere; owns the folder, and empties it of what an earlier attempt of the run left."""
 
     folder: Path
 
@@ -39,25 +72,22 @@ class SharedMemorySender:
             raise InfrastructureError(f"{self.folder} belongs to someone else; remove it or move the run") from None
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """Write a version while the tensors come; the oldest beyond `KEPT` goes."""
-        path = self._version(version)
-        manifest = Manifest(version=version, location=str(path), tensors=write_raw(path, tensors))
-        for old in self._held()[:-KEPT]:
+        """As `MemorySender.send`."""
+        path = self._path(version)
+        manifest = Manifest(version=version, location=str(path), tensors=write_atomically(path, write_raw, tensors))
+        held = sorted(int(p.name.removeprefix("version-")) for p in self.folder.iterdir())
+        for old in held[:-KEPT]:
             self.retire(old)
         return manifest
 
     def retire(self, version: int) -> None:
-        self._version(version).unlink(missing_ok=True)
+        self._path(version).unlink(missing_ok=True)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _version(self, version: int) -> Path:
+    def _path(self, version: int) -> Path:
         return self.folder / f"version-{version}"
-
-    def _held(self) -> list[int]:
-        """Versions that exist, ascending."""
-        return sorted(int(p.name.removeprefix("version-")) for p in self.folder.iterdir())
 
 
 @attrs.frozen
@@ -65,22 +95,33 @@ class SharedMemoryReceiver:
     """Engine side."""
 
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        return read_tensors(Path(manifest.location), manifest.tensors, what=f"weights of version {manifest.version}")
+        path, what = Path(manifest.location), f"weights of version {manifest.version}"
+        if path.is_relative_to("/proc") and not _is_segment(path, manifest.version):
+            raise InfrastructureError(f"{what}: {path} is gone")
+        return read_tensors(path, manifest.tensors, what=what)
 
     def close(self) -> None:
         """Nothing is held: each tensor keeps the map it lies in."""
 
 
-def send(config: SharedMemoryConfig, run_dir: Path) -> SharedMemorySender:
-    return SharedMemorySender(_folder(run_dir))
+def send(config: SharedMemoryConfig, run_dir: Path) -> WeightSender:
+    if hasattr(os, "memfd_create"):
+        return MemorySender()
+    run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    return FileSender(Path(tempfile.gettempdir()) / f"prl-{run}")
 
 
 def receive(config: SharedMemoryConfig, run_dir: Path) -> SharedMemoryReceiver:
     return SharedMemoryReceiver()
 
 
-def _folder(run_dir: Path) -> Path:
-    """A folder in memory that belongs to this run of this user."""
-    memory = Path("/dev/shm")
-    parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    return parent / f"prl-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]}"
+def _segment_name(version: int) -> str:
+    return f"prl-version-{version}"
+
+
+def _is_segment(link: Path, version: int) -> bool:
+    """Descriptors are numbered anew: what the trainer has open there now may be something else, or a later version."""
+    try:
+        return os.readlink(link).startswith(f"/memfd:{_segment_name(version)} ")
+    except FileNotFoundError:
+        return False

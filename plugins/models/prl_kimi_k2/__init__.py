@@ -1,0 +1,1 @@
+"""Kimi-K2, Kimi-K2.5 and Kimi-K2.7."""

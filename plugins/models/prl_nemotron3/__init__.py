@@ -1,0 +1,1 @@
+"""Nemotron-3 Nano, Super and Ultra."""
