@@ -26,11 +26,15 @@ import attrs
 from prl.errors import UserError
 
 
+def _absolute(path: str | Path) -> Path:
+    return Path(path).resolve()
+
+
 @attrs.frozen
 class RunDir:
     """Names of the files of a run, and atomic writes into it."""
 
-    path: Path = attrs.field(converter=lambda p: Path(p).resolve())
+    path: Path = attrs.field(converter=_absolute)
 
     @classmethod
     def existing(cls, path: str | Path) -> RunDir:

@@ -30,7 +30,7 @@ def test_every_role_with_its_count_and_threads(toy_config: Path, tmp_path: Path)
         *("--run", str(tmp_path), "--role", "engine", "--index", "1"),
     )
     assert {process.env["OMP_NUM_THREADS"] for process in processes[:-1]} == {"1"}
-    assert processes[-1].env == {"OMP_NUM_THREADS": "4"}
+    assert processes[-1].env == {"OMP_NUM_THREADS": "4", "PYTHONHASHSEED": "0"}
     assert (processes[-1].cpus, processes[-1].gpus) == (8, 0)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from prl.blocks.context import Context
+from prl.errors import InfrastructureError
 from prl.types import StopReason
 
 from tests.plugins.tiny_engine import STOP, VOCAB, chosen, finish, reference_logprobs, request, scheduler, tiny_model
@@ -91,6 +92,14 @@ def test_a_sequence_ends_where_its_row_ends() -> None:
     assert (len(completion.tokens), completion.stop) == (6, StopReason.LENGTH)
     rows = reference_logprobs(model, range(2, 12), completion)
     np.testing.assert_allclose(completion.logprobs, chosen(rows, completion), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_policy_that_is_not_a_number_is_reported(temperature: float) -> None:
+    model = tiny_model()
+    model.norm.weight.fill_(torch.nan)
+    with pytest.raises(InfrastructureError, match="logits are not finite at policy version 0: training has diverged"):
+        finish(scheduler(model), request("r", [2, 3], temperature=temperature))
 
 
 def test_one_token_requests_end_where_they_begin() -> None:

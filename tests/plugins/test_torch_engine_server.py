@@ -97,6 +97,7 @@ BAD = {
     "the prompt has 256 tokens": {"token_ids": [2] * 256},
     "sampling_params must be a JSON object": {"token_ids": [1], "sampling_params": 7},
     "sampling_params.temperature must be a number from 0 to 100, got int -1": {"sampling_params": {"temperature": -1}},
+    "temperature 0.0001 must be 0 or at least 0.001": {"token_ids": [1], "sampling_params": {"temperature": 1e-4}},
     "sampling_params.max_tokens must be an integer from 1": {"sampling_params": {"max_tokens": 0}},
     "min_tokens 5 is more than max_tokens 4": {"token_ids": [1], "sampling_params": {"min_tokens": 5, "max_tokens": 4}},
     "sampling_params.top_p is not supported": {"sampling_params": {"top_p": 0.9}},

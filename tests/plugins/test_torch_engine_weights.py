@@ -119,7 +119,7 @@ def test_a_version_that_cannot_be_prepared_leaves_the_old_one_serving(tmp_path: 
 def test_a_manifest_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     async def test(engine: Served) -> None:
         broken = attrs.evolve(engine.write(1, tiny_model(1)), version="1")  # type: ignore[arg-type]
-        with pytest.raises(InfrastructureError, match=r"answered 400: .*expected int @ \$.version"):
+        with pytest.raises(InfrastructureError, match=r"answered 400: .*expected int.* @ \$.version"):
             await engine.client.prepare(broken)
 
     served(tmp_path, test)
@@ -129,7 +129,7 @@ def test_versions_change_inside_a_completion_and_no_request_is_lost(tmp_path: Pa
     async def test(engine: Served) -> None:
         async with asyncio.TaskGroup() as tasks:
             first = [
-                tasks.create_task(engine.client.generate(PROMPT, Sampling(max_tokens=900, seed=s), stop=[], n=2))
+                tasks.create_task(engine.client.generate(PROMPT, Sampling(max_tokens=500, seed=s), stop=[], n=2))
                 for s in range(6)
             ]
             await engine.until("generated_tokens", 40)
@@ -141,7 +141,7 @@ def test_versions_change_inside_a_completion_and_no_request_is_lost(tmp_path: Pa
             await engine.until("generated_tokens", before["generated_tokens"] + 40)
             await engine.update(2, tiny_model(2))  # without a pause: between two steps
         completions = [completion for task in first for completion in task.result()]
-        assert [len(c.tokens) for c in completions] == [900] * 12
+        assert [len(c.tokens) for c in completions] == [500] * 12
         assert all((np.diff(c.versions) >= 0).all() for c in completions)
         assert {v for c in completions for v in c.versions.tolist()} == {0, 1, 2}
         assert any(set(c.versions.tolist()) >= {0, 1} for c in completions)

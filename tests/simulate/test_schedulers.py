@@ -140,7 +140,7 @@ def builders(case: Case) -> tuple[Build, Build]:
     return case.bounded, case.windowed
 
 
-thorough = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+thorough = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @thorough

@@ -6,13 +6,7 @@ from random import Random
 from statistics import fmean
 
 import pytest
-from prl.simulate.workload import (
-    EmpiricalLengths,
-    EmpiricalSeconds,
-    LognormalLengths,
-    LognormalSeconds,
-    Workload,
-)
+from prl.simulate.workload import EmpiricalLengths, LognormalLengths, LognormalSeconds, Workload
 
 
 def workload(*, correlation: float = 0.5, most: int = 100_000, failure: float = 0.0) -> Workload:
@@ -65,4 +59,3 @@ def test_seconds() -> None:
     assert LognormalSeconds(mean=0.0, sigma=1.0).draw(Random(0)) == 0.0
     drawn = [LognormalSeconds(mean=3.0, sigma=0.5).draw(Random(seed)) for seed in range(4000)]
     assert fmean(drawn) == pytest.approx(3.0, rel=0.05)
-    assert {EmpiricalSeconds(values=(1.0, 4.0)).draw(Random(seed)) for seed in range(20)} == {1.0, 4.0}

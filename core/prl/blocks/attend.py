@@ -11,6 +11,7 @@ says which of them see each other, and the kernel is chosen here from the case a
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from prl.blocks.cache import KeyValueCache
 from prl.blocks.context import Context
 from prl.blocks.padding import Padding
 
-_GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 takes grouped keys without being told."""
 
 

@@ -65,7 +65,8 @@ def _process(run_dir: RunDir, role: str, index: int, *, threads: int = 1, cpus: 
         role=role,
         index=index,
         argv=(sys.executable, "-m", "prl", "worker", *where),
-        env={"OMP_NUM_THREADS": str(threads)},
+        # Some procedural generators iterate over sets: one hash seed makes a task the same task in every process.
+        env={"OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"},
         cpus=cpus,
         gpus=gpus,
     )

@@ -70,7 +70,7 @@ def spelled(parts: Iterable[Part]) -> str:
 
 
 def enclosed(parts: Sequence[Part], begin: Marker, end: Marker) -> tuple[Sequence[Part], Sequence[Part]] | None:
-    """What stands between a leading `begin` (after blank text) and the next `end`, and what follows; None if nothing."""
+    """What stands between a leading `begin` (blank text may precede) and the next `end`, and what follows, or None."""
     first = 1 if parts and isinstance(parts[0], str) and not parts[0].strip() else 0
     if list(parts[first : first + 1]) != [begin] or end not in parts:
         return None

@@ -110,7 +110,7 @@ def parameters_of(tools: Sequence[Tool], name: str) -> Mapping[str, Schema]:
 def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object that `text` is, or None."""
     try:
-        value = json.loads(text)
+        value = _json(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -124,10 +124,15 @@ def value_of(text: str, schema: Schema) -> Any:
     if schema.get("type") == "string":
         return text
     try:
-        value = json.loads(text)
-        as_json(value)
+        return _json(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _json(text: str) -> Any:
+    """json.loads, which takes NaN and what overflows to infinity for numbers, made strict."""
+    value = json.loads(text)
+    as_json(value)
     return value
 
 

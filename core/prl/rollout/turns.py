@@ -48,7 +48,7 @@ class ChatFormat(Protocol):
         """The assistant's words, without what ends them."""
 
     def end(self, turn: Message | None, following: Sequence[Message]) -> Marker | None:
-        """The marker a turn ends with; None where `following` shows that nothing sampled does. `turn` may be unknown."""
+        """The marker a turn ends with; None where `following` needs one that is not sampled. `turn` may be unknown."""
 
     def between(self, messages: Sequence[Message], *, ended: Marker | None) -> Parts:
         """What stands after a turn; `ended` is the marker that is there already, None for a turn that was cut."""
@@ -93,9 +93,7 @@ class TurnRenderer:
             tokens.pop()
         return self._chat.parse(self._markup.decode(tokens), tools)
 
-    def demonstration(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
-    ) -> tuple[list[int], list[bool]]:
+    def demonstration(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> tuple[list[int], list[bool]]:
         """The conversation; said are the assistant's words and the token that ends each turn, the last one included."""
         tokens, said = self._rendered(messages, tools)
         if messages and messages[-1]["role"] == "assistant":
@@ -144,7 +142,9 @@ def reasoning_of(message: Message) -> str:
 
 def unknown_role(message: Message, known: Sequence[str]) -> UserError:
     """The error for a message whose role a format has no place for."""
-    return UserError(f"a message has the role {message['role']!r}; this chat format knows {', '.join(known)}, assistant")
+    return UserError(
+        f"a message has the role {message['role']!r}; this chat format knows assistant, {', '.join(known)}"
+    )
 
 
 def split_reasoning(parts: Sequence[Part], *, close: Marker, call: Marker) -> tuple[list[Part], list[Part]]:
@@ -167,4 +167,3 @@ def reply(content: str, *, reasoning: str = "", calls: Sequence[Call] = ()) -> M
     if calls:
         message["tool_calls"] = written(calls)
     return message
-

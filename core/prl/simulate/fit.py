@@ -1,9 +1,10 @@
 """Assumptions from the record of a past run: metrics.jsonl, rollouts.jsonl, run.toml.
 
-What the record says outright is taken: lengths by group, the share of missing rollouts, seconds of publication, and
-optimizer steps as a line over their tokens. How fast engines decode is not in it, only how long they computed for what
-was trained; so the run is simulated, with its own config, and decoding scaled until the simulated engines take as long.
-The ratio of decode_base to decode_per_sequence and the environments' latency stay what they were assumed to be.
+What the record says outright is taken: lengths by group, the share of missing rollouts, seconds of publication, and of
+an optimizer step: forward and backward in proportion to its sampled tokens (prompts in proportion too, which holds as
+long as tasks stay alike), the rest as a constant. How fast engines decode is not in it, only how long they computed for
+what was trained; so the run is simulated, with its own config, and decoding scaled until the simulated engines take as
+long. The ratio of decode_base to decode_per_sequence and the environments' latency stay what they were assumed to be.
 
 rollouts.jsonl holds trained rollouts only: of a run that dropped many, the lengths fitted here are too short.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from prl.run_dir import RunDir
 from prl.simulate.assumptions import Assumptions
 from prl.simulate.figures import Figures
 
+_COMPUTED = "time/forward_backward"
 _FEWEST_STEPS = 3
-_ROUNDS = 4  # of scaling; each leaves about a tenth of the error
+_MOST_ROUNDS = 8  # of scaling; one is not enough, since slower engines hold other numbers of sequences at once
+_PRECISION = 0.005  # of engine seconds per token
 
 
 @attrs.frozen(kw_only=True)
@@ -40,8 +43,10 @@ class Recorded:
     staleness_mean: float
     engine_seconds_per_token: float
     """Seconds in which one engine computed, on average over engines, per trained token of the run."""
-    trainer: tuple[tuple[float, float], ...]
-    """(sampled tokens, seconds computed) of each step."""
+    step_base: float
+    """Seconds of a step in which the trainer did neither wait nor go forward and backward."""
+    step_per_token: float
+    """Seconds of forward and backward per sampled token."""
     publish: float
     groups: tuple[tuple[int, ...], ...]
     """Lengths of trained rollouts, by group."""
@@ -66,7 +71,8 @@ def read(run_dir: RunDir) -> Recorded:
         idle_engine=idle_engine,
         staleness_mean=_mean(row.get("staleness/mean", 0.0) for row in rows),
         engine_seconds_per_token=(1.0 - idle_engine) * sum(seconds) / tokens,
-        trainer=tuple((row["tokens/sampled"], row["time/step"] * (1.0 - row["idle/trainer"])) for row in rows),
+        step_base=max(0.0, _mean(row["time/step"] * (1.0 - row["idle/trainer"]) - row[_COMPUTED] for row in rows)),
+        step_per_token=sum(row[_COMPUTED] for row in rows) / tokens,
         publish=statistics.median(row.get("time/publish", 0.0) for row in rows),
         groups=groups,
     )
@@ -74,7 +80,7 @@ def read(run_dir: RunDir) -> Recorded:
 
 def _steps(run_dir: RunDir) -> list[Mapping[str, Any]]:
     """Metrics of rl steps that tell what a simulation needs, the last attempt at each, without the first (start-up)."""
-    needed = {"time/step", "tokens/sampled", "idle/trainer", "idle/engine"}
+    needed = {"time/step", "tokens/sampled", "idle/trainer", "idle/engine", _COMPUTED}
     latest = {row["step"]: row for row in metric_rows(run_dir.metrics) if row.get("phase") == "rl"}
     rows = [latest[step] for step in sorted(latest)][1:]
     return [row for row in rows if needed <= row.keys() and row["tokens/sampled"]]
@@ -104,31 +110,21 @@ def fit(
 
     `group_size` is the recorded run's; `simulate` runs its config.
     """
-    base, slope = line(recorded.trainer)
     fitted = attrs.evolve(
         assumed,
         recorded=recorded.groups,
         failure=1.0 - sum(map(len, recorded.groups)) / (group_size * len(recorded.groups)),
-        step_base=base,
-        step_per_token=slope,
+        step_base=recorded.step_base,
+        step_per_token=recorded.step_per_token,
         publish=recorded.publish,
     )
-    for _ in range(_ROUNDS):
-        figures = simulate(fitted)
+    figures = simulate(fitted)
+    for _ in range(_MOST_ROUNDS):
         scale = recorded.engine_seconds_per_token / figures.engine_seconds_per_token
+        if abs(scale - 1.0) < _PRECISION:
+            break
         fitted = attrs.evolve(
             fitted, decode_base=fitted.decode_base * scale, decode_per_sequence=fitted.decode_per_sequence * scale
         )
-    return fitted, simulate(fitted)
-
-
-def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope of the least-squares line through `points`, neither below 0."""
-    x_mean, y_mean = (_mean(coordinates) for coordinates in zip(*points, strict=True))
-    variance = sum((x - x_mean) ** 2 for x, _ in points)
-    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / variance if variance else 0.0
-    if slope <= 0.0:
-        return y_mean, 0.0
-    if y_mean < slope * x_mean:
-        return 0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points)
-    return y_mean - slope * x_mean, slope
+        figures = simulate(fitted)
+    return fitted, figures

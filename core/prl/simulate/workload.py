@@ -36,12 +36,6 @@ class Lengths(Protocol):
         """Lengths >= 1 of `size` siblings; `task` is seeded alike for all attempts at a group."""
 
 
-class Seconds(Protocol):
-    """A duration."""
-
-    def draw(self, random: Random) -> float: ...
-
-
 @attrs.frozen(kw_only=True)
 class LognormalLengths:
     """Lognormal lengths whose logarithms correlate between siblings: some tasks are long, and so are some tries."""
@@ -77,6 +71,8 @@ class EmpiricalLengths:
 
 @attrs.frozen(kw_only=True)
 class LognormalSeconds:
+    """A duration; 0 with a mean of 0."""
+
     mean: float
     sigma: float
 
@@ -85,19 +81,11 @@ class LognormalSeconds:
 
 
 @attrs.frozen(kw_only=True)
-class EmpiricalSeconds:
-    values: tuple[float, ...]
-
-    def draw(self, random: Random) -> float:
-        return random.choice(self.values)
-
-
-@attrs.frozen(kw_only=True)
 class Workload:
     """What is generated."""
 
     lengths: Lengths
-    latency: Seconds
+    latency: LognormalSeconds
     failure: float = 0.0
     """Probability that a rollout is lost, at a uniformly drawn share of its tokens."""
 

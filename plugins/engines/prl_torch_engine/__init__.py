@@ -1,4 +1,4 @@
-"""The embedded engine: the trainer's own torch modules behind an HTTP server, on a CPU or a GPU.
+"""The embedded engine: the trainer's own torch modules behind an HTTP server.
 
 Chosen by `[engine] type = "torch"`. Its process runs `server:serve`; environment workers and the controller talk to it
 through `client:connect`. This module only describes the engine and imports no torch.
@@ -26,7 +26,7 @@ class TorchEngineConfig(EngineConfig):
         1024, help="most prompt tokens computed between two decoding steps", validator=validators.gt(0)
     )
     retained: int = option(
-        64, help="cache rows for prompts being computed and prefixes kept for later turns", validator=validators.gt(0)
+        32, help="cache rows for prompts being computed and prefixes kept for later turns", validator=validators.gt(0)
     )
 
 

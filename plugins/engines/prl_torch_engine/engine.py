@@ -21,6 +21,8 @@ from prl_torch_engine.scheduler import Scheduler
 from prl_torch_engine.weights import Weights
 
 MAX_SIBLINGS = 1024
+MIN_TEMPERATURE = 1e-3
+"""Logits divided by less would overflow; 0 is greedy."""
 
 
 class Engine:
@@ -58,6 +60,8 @@ class Engine:
                 400,
                 f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {self.length - 1} of them",
             )
+        if 0 < sampling.temperature < MIN_TEMPERATURE:
+            raise RefusedError(400, f"temperature {sampling.temperature} must be 0 or at least {MIN_TEMPERATURE}")
         if sampling.min_tokens > sampling.max_tokens:
             raise RefusedError(400, f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}")
         if len(stop) > MAX_STOPS:

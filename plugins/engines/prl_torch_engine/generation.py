@@ -57,7 +57,7 @@ class Generation:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._actions: deque[Callable[[], None]] = deque()
+        self._actions: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._paused = False
         self._stopping = False
@@ -83,7 +83,7 @@ class Generation:
                     self.busy_seconds += time.perf_counter() - started
                 self._hand_over(*self._scheduler.take())
 
-    def _next_actions(self) -> list[Callable[[], None]]:
+    def _next_actions(self) -> list[Callable[[], object]]:
         """Actions that came since the last step; waits for one when there is nothing to compute."""
         with self._wake:
             while not self._actions and not self._stopping and (self._paused or not self._scheduler.busy):
@@ -97,7 +97,7 @@ class Generation:
             self._loop.call_soon_threadsafe(self._deliver, results, progress)
 
     # --- the event loop -------------------------------------------------------------------------------------------
-    def _post(self, action: Callable[[], None]) -> None:
+    def _post(self, action: Callable[[], object]) -> None:
         with self._wake:
             self._actions.append(action)
             self._wake.notify()
@@ -143,7 +143,7 @@ class Generation:
     def _forget(self, request: Request, table: dict[str, Any], *, finished: bool) -> None:
         del table[request.request_id]
         if not finished:
-            self._post(lambda: _ignore(self._scheduler.abort(request.request_id)))
+            self._post(lambda: self._scheduler.abort(request.request_id))
 
     async def between_steps(self, action: Callable[[], T]) -> T:
         """Run `action` in the model's thread between two steps; its value or exception comes back."""
@@ -192,7 +192,3 @@ def _settle(future: asyncio.Future[Any], value: Any, error: BaseException | None
         future.set_exception(error)
     else:
         future.set_result(value)
-
-
-def _ignore(_: object) -> None:
-    return None

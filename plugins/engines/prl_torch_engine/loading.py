@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import attrs
 import torch
 from prl.providers import LanguageModel, Model, NumberFormat, Renderer, Tokenizer, WeightMap
-from prl.rollout import tokenizer as tokenizers
+from prl.rollout.tokenizer import load as load_tokenizer
 from torch import nn
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load(composition: Composition) -> Loaded:
     """Build the model in the serving dtype, on the device the trainer is told to use."""
     run = composition.run
     provider = cast(Model, composition.provider(run.model))
-    tokenizer = tokenizers.load(run.tokenizer, provider.special_tokens)
+    tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
     number_format: NumberFormat = composition.build(run.quantization)
     with torch.device(_device(run.trainer.device)):
         module: nn.Module = composition.build(run.model, tokenizer.vocab_size)

@@ -58,8 +58,10 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     # Sums in float64: in float32 the tail's tokens would be lost in the rounding of a sum near 1. `uniform` is at most
     # 1 - 2^-52, so the target stays below the last sum and the first sum above it belongs to a token that can occur.
+    # Only where sums are no numbers is none above it: the clamp lets such a row go on until it is reported.
     sums = probabilities.cumsum(1, dtype=torch.float64)
-    return torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)[:, 0]
+    drawn = torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)[:, 0]
+    return drawn.clamp(max=probabilities.shape[1] - 1)
 
 
 def _invert_in_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def _invert_in_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
     mass = blocks.sum(2).double()
     sums = mass.cumsum(1)
     target = (uniform * sums[:, -1])[:, None]
-    block = torch.searchsorted(sums, target, right=True)
+    block = torch.searchsorted(sums, target, right=True).clamp(max=blocks.shape[1] - 1)
     chosen = mass.gather(1, block)
     within = ((target - sums.gather(1, block) + chosen) / chosen).clamp(0.0, 1.0 - 2.0**-52)
     inside = _invert(blocks[torch.arange(rows, device=blocks.device), block[:, 0]], within[:, 0])

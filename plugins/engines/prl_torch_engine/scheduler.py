@@ -9,6 +9,7 @@ of the model's thread: it knows no threads, clocks or sockets. Called by `genera
 from __future__ import annotations
 
 from collections import deque
+from itertools import accumulate
 
 import torch
 from prl.blocks.context import Context
@@ -142,11 +143,12 @@ class Scheduler:
             if not budget:
                 break
         hidden = self._compute(chunks)
-        ends = torch.tensor([count for _, count in chunks]).cumsum(0) - 1
-        for job, count in chunks:
+        complete: list[tuple[Job, int]] = []
+        for (job, count), end in zip(chunks, accumulate(count for _, count in chunks), strict=True):
             job.done += count
             self.rows.past[job.row] = job.done
-        complete = [(job, int(end)) for (job, _), end in zip(chunks, ends, strict=True) if not job.remaining]
+            if not job.remaining:
+                complete.append((job, end - 1))
         if complete:
             self._begin_decoding(complete, hidden)
 
@@ -162,7 +164,7 @@ class Scheduler:
         return self._model.hidden(tokens.to(self.rows.tokens.device), context)
 
     def _begin_decoding(self, complete: list[tuple[Job, int]], hidden: Tensor) -> None:
-        """Sample the first token of every continuation of the jobs whose prompts are computed."""
+        """Sample the first tokens after complete prompts, each given with the place of its last token in `hidden`."""
         first = len(self.batch)
         ends: list[int] = []
         for job, end in complete:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, ClassVar
 
 import attrs
 from prl.providers import Renderer, Tokenizer
@@ -67,6 +68,7 @@ _THINK, _THINK_END = Marker("<think>"), Marker("</think>")
 _CALL, _CALL_END = Marker("<tool_call>"), Marker("</tool_call>")
 _KEY, _KEY_END = Marker("<arg_key>"), Marker("</arg_key>")
 _VALUE, _VALUE_END = Marker("<arg_value>"), Marker("</arg_value>")
+_RESULT, _RESULT_END = Marker("<tool_response>"), Marker("</tool_response>")
 _ROLES = {"system": Marker("<|system|>"), "user": Marker("<|user|>"), "tool": Marker("<|observation|>")}
 _SAMPLED = {role: marker for role, marker in _ROLES.items() if marker.token in STOPS}
 
@@ -105,10 +107,10 @@ GLM_5_2 = Release(
 class GlmFormat:
     """A `prl.rollout.turns.ChatFormat`; `thinking` invites the assistant to reason first."""
 
+    markers: ClassVar = SPECIAL_TOKENS
+    stops: ClassVar = STOPS
     release: Release
     thinking: bool
-    markers: tuple[str, ...] = attrs.field(default=SPECIAL_TOKENS, init=False)
-    stops: tuple[str, ...] = attrs.field(default=STOPS, init=False)
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[Part]:
         effort = self.release.effort if self.thinking else ""
@@ -137,7 +139,8 @@ class GlmFormat:
         for call in calls_of(turn):
             yield from (_CALL, call.name)
             for key, value in call.values().items():
-                yield from (_KEY, key, _KEY_END, _VALUE, value if isinstance(value, str) else as_json(value), _VALUE_END)
+                text = value if isinstance(value, str) else as_json(value)
+                yield from (_KEY, key, _KEY_END, _VALUE, text, _VALUE_END)
             yield _CALL_END
 
     def end(self, turn: Message | None, following: Sequence[Message]) -> Marker | None:
@@ -160,16 +163,16 @@ class GlmFormat:
 
 def _messages(messages: Sequence[Message]) -> Iterator[Part]:
     """Messages that are not the assistant's; results of tools that follow each other share one marker."""
-    for before, message in pairwise([None, *messages]):
-        role = message["role"]
-        if role not in _ROLES:
-            raise unknown_role(message, list(_ROLES))
-        if role != "tool":
-            yield from (_ROLES[role], content_of(message))
-            continue
-        if before is None or before["role"] != "tool":
+    for role, run in groupby(messages, itemgetter("role")):
+        if role == "tool":
             yield _ROLES[role]
-        yield from (Marker("<tool_response>"), content_of(message), Marker("</tool_response>"))
+        for message in run:
+            if role not in _ROLES:
+                raise unknown_role(message, list(_ROLES))
+            elif role == "tool":
+                yield from (_RESULT, content_of(message), _RESULT_END)
+            else:
+                yield from (_ROLES[role], content_of(message))
 
 
 def _read_call(tools: Sequence[Tool], inner: Sequence[Part]) -> list[Call] | None:
@@ -189,10 +192,16 @@ def _read_call(tools: Sequence[Tool], inner: Sequence[Part]) -> list[Call] | Non
     return [Call(name, as_json(values))]
 
 
-def _renderer(release: Release, config: ThinkingOption, tokenizer: Tokenizer) -> Renderer:
-    return TurnRenderer(tokenizer, GlmFormat(release=release, thinking=config.thinking))
+def glm_5(config: ThinkingOption, tokenizer: Tokenizer) -> Renderer:
+    """`Model.render` of GLM-5."""
+    return TurnRenderer(tokenizer, GlmFormat(release=GLM_5, thinking=config.thinking))
 
 
-glm_5 = partial(_renderer, GLM_5)
-glm_5_1 = partial(_renderer, GLM_5_1)
-glm_5_2 = partial(_renderer, GLM_5_2)
+def glm_5_1(config: ThinkingOption, tokenizer: Tokenizer) -> Renderer:
+    """`Model.render` of GLM-5.1."""
+    return TurnRenderer(tokenizer, GlmFormat(release=GLM_5_1, thinking=config.thinking))
+
+
+def glm_5_2(config: ThinkingOption, tokenizer: Tokenizer) -> Renderer:
+    """`Model.render` of GLM-5.2."""
+    return TurnRenderer(tokenizer, GlmFormat(release=GLM_5_2, thinking=config.thinking))
