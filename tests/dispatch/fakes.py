@@ -369,7 +369,8 @@ class FakeRun:
     tracker: FakeTracker = attrs.field(factory=FakeTracker)
     hooks: FakeHooks = attrs.field(factory=FakeHooks)
     run_dir: RunDir = attrs.field(init=False)
-    controller: Controller | None = None
+    _loop: Any = None
+    _task: Any = None
 
     def __attrs_post_init__(self) -> None:
         self.run_dir = RunDir(self.path)
@@ -382,10 +383,14 @@ class FakeRun:
             asyncio.run(self._go())
         assert not failures
 
+    def terminate(self) -> None:
+        """End the controller as a signal would; may be called from a worker's thread."""
+        self._loop.call_soon_threadsafe(self._task.cancel)
+
     async def _go(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         composition: Any = FakeComposition(self.run, self.hooks, self.engines, self.tracker)
-        self.controller = Controller(composition, self.run_dir)
-        await self.controller.run()
+        await Controller(composition, self.run_dir).run()
 
     @contextmanager
     def _threads(self) -> Iterator[list[BaseException]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 
 import pytest
@@ -131,6 +132,16 @@ def test_main_answers_with_an_exit_code(tmp_path, capsys):
         code = controller.main(FakeComposition(run.run, run.hooks, run.engines, run.tracker), run.run_dir)
     assert code == 1
     assert "cannot load the first weights" in capsys.readouterr().err
+
+
+def test_a_controller_that_is_terminated_dismisses_its_workers(tmp_path):
+    run = FakeRun(tmp_path, toy_run())
+    run.environments = [FakeEnvironment(reply=lambda request: run.terminate())]
+    with pytest.raises(asyncio.CancelledError):
+        run.go()  # ends only when every worker was told to stop
+    assert (run.state["status"], run.state["error"]) == ("failed", "terminated by a signal")
+    (end,) = run.hooks.named("prl_run_end")
+    assert isinstance(end["error"], asyncio.CancelledError)
 
 
 def test_plugins_and_trackers_cannot_stop_a_run(tmp_path):

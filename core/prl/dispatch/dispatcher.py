@@ -117,7 +117,7 @@ class Dispatcher:
         if cut is not None:
             return cut
         log.warning("%s; attempt %d of %d", error, issue.attempt + 1, self.rollouts.retries + 1)
-        self._lost_in_a_row += 1
+        self._lost_in_a_row += not error.cut
         if self._lost_in_a_row >= _MOST_STEPS_LOST * self.rollouts.groups_per_step:
             raise RunError(f"{self._lost_in_a_row} groups in a row were lost, the last one because: {error}")
         return Drop(group_id=issue.group_id, reason=error.reason)
@@ -130,6 +130,7 @@ class Dispatcher:
         elif not self.feed.retry(issue):
             self._dropped["given_up"] += 1
             log.warning("%s task %d is given up", issue.task.environment, issue.task.index)
+        self.progress.change.notify()
 
     def _admit(self, group: Group) -> bool:
         drop = self.scheduler.admit(group, self.progress.formed)

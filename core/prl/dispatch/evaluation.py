@@ -2,9 +2,9 @@
 
     request(step) -> once `step` is served: every task once -> one line of metrics
 
-At most half as many rollouts run at once as a training step has, so that evaluation delays training a little and never
-stops it. A version that is published meanwhile does not interrupt it: `eval/version` is the oldest version that sampled
-any of its tokens. A task is tried again when its rollout is lost and left out, counted, when it always is.
+At most a quarter as many rollouts run at once as a training step has, so that evaluation slows training a little and
+never stops it. A version that is published meanwhile does not interrupt it: `eval/version` is the oldest version that
+sampled any of its tokens. A task is tried again when its rollout is lost and left out, counted, when it always is.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Evaluator:
 
     def _lanes(self) -> int:
         rollouts = self._run.rollouts
-        return max(1, rollouts.groups_per_step * rollouts.group_size // 2)
+        return max(1, rollouts.groups_per_step * rollouts.group_size // 4)
 
     async def _lane(self, numbers: Iterator[int], results: Results) -> None:
         for number in numbers:

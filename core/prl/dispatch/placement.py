@@ -18,11 +18,15 @@ from prl.types import Group, Sampling
 
 
 class GroupLostError(InfrastructureError):
-    """An attempt came to nothing; `reason` is the word for it in metrics: `timeout`, `engine`, `stale`, ..."""
+    """An attempt came to nothing; `reason` is the word for it in metrics: `timeout`, `engine`, `stale`, ...
 
-    def __init__(self, reason: str, sentence: str) -> None:
+    `cut`: it was ended from here, and says nothing about whether the task can be rolled out.
+    """
+
+    def __init__(self, reason: str, sentence: str, *, cut: bool = False) -> None:
         super().__init__(sentence)
         self.reason = reason
+        self.cut = cut
 
 
 class Placement:
@@ -50,7 +54,8 @@ class Placement:
                     group = await self._environments.run(_request(issue, attempt, engine, sampling, version))
         except TimeoutError as error:
             reason = attempt.cut_reason or "timeout"
-            raise GroupLostError(reason, f"group {issue.group_id} was cut ({reason})") from error
+            sentence = f"group {issue.group_id} was cut ({reason})"
+            raise GroupLostError(reason, sentence, cut=bool(attempt.cut_reason)) from error
         except InfrastructureError as error:
             raise GroupLostError("environment", f"group {issue.group_id}: {error}") from error
         finally:

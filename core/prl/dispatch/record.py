@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -79,6 +80,7 @@ class StateFile:
     def __init__(self, run_dir: RunDir, *, steps: int) -> None:
         self._run_dir = run_dir
         self._change = Change()
+        self._lock = threading.Lock()
         self._dirty = False
         self._state: dict[str, Any] = {
             "status": "starting",
@@ -98,9 +100,10 @@ class StateFile:
         self._change.notify()
 
     def write(self) -> None:
-        """Write now."""
-        self._dirty = False
-        self._run_dir.write_json(self._run_dir.state, {**self._state, "updated": time.time()})
+        """Write now; from any thread, and the last to come writes last."""
+        with self._lock:
+            self._dirty = False
+            self._run_dir.write_json(self._run_dir.state, {**self._state, "updated": time.time()})
 
     async def run(self) -> None:
         while True:
