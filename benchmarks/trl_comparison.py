@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
 
 # --- comparison -------------------------------------------------------------------------------------------------------
 def compare(trl_python: str, prl_python: str) -> dict[str, list[Speed]]:
-    contenders = {
+    contenders: dict[str, Callable[[], Speed]] = {
         "TRL, 1 thread": lambda: trl(trl_python, 1),
         "prl": lambda: prl(prl_python),
         "TRL, 2 threads": lambda: trl(trl_python, 2),
@@ -164,7 +164,9 @@ def main() -> None:
     }
     print(table(best))
     record = {"machine": where, "best": best, "rounds": {n: [attrs.asdict(s) for s in v] for n, v in rounds.items()}}
-    (FOLDER / "results" / f"{arguments.name}.json").write_text(json.dumps(record, indent=1))
+    results = FOLDER / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"{arguments.name}.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -102,8 +102,10 @@ class TrainStep:
 class StepDone:
     """What a rank reports after a step, and the manifest from the rank that published.
 
-    `sums` are over the rank's own tokens: the controller adds ranks and divides by the global counts. `values` are equal
-    on all ranks (`grad_norm`). `seconds`: phase -> seconds of the rank (`wait`, `forward_backward`, `optimizer`, `publish`).
+    `sums` are over the rank's own tokens; the controller adds ranks and divides `loss/<stream>[/<metric>]` by the
+    stream's global token count, and `mismatch/k3`, `mismatch_fresh/k3` and `entropy` by `<first word>/count`.
+    `values` are equal on all ranks (`grad_norm`). `seconds`: phase -> seconds of the rank (`wait`, `forward_backward`,
+    `optimizer`, `publish`).
     """
 
     step: int

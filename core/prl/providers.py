@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prl.compose.config import Run
     from prl.compose.plan import LaunchPlan
     from prl.rollout.conversation import Conversation
-    from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Stream, Task, Tool
+    from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Task, Tool
 
 Ref: TypeAlias = str
 """`"package.module:attribute"`, imported lazily."""
@@ -67,6 +67,8 @@ class Model(Provider):
     """`(config, tokenizer) -> Renderer`; imports no torch."""
     special_tokens: tuple[str, ...]
     """Special tokens of the chat format; a character tokenizer is given these."""
+    float32: tuple[str, ...] = ()
+    """Endings of the names of tensors that are float32 in every number format, in the module and on every wire."""
 
 
 class LanguageModel(Protocol):
@@ -87,7 +89,9 @@ class LanguageModel(Protocol):
     def new_caches(self, rows: int, length: int) -> list[Any]:
         """One cache per layer with room for `rows` sequences of `length` tokens, in the parameters' dtype and device.
 
-        Each cache has `copy_row(source, target, length)`: the first `length` tokens of one row into another.
+        Each cache has `copy_row(source, target, length)`: the first `length` tokens of one row into another; and
+        `prefix_reusable`, False where the state after a row's last token is all there is, so that only a whole row can
+        be copied.
         """
 
 
@@ -102,6 +106,10 @@ class WeightMap(Protocol):
 
     def hf_config(self) -> Mapping[str, Any]:
         """The `config.json` transformers and vLLM need to load the exported weights."""
+
+    @property
+    def carried(self) -> Sequence[str]:
+        """Prefixes of checkpoint tensors the module has no part for and checkpoints keep (vision, token prediction)."""
 
 
 class Tokenizer(Protocol):
@@ -141,9 +149,7 @@ class Renderer(Protocol):
         alike.
         """
 
-    def demonstration(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()
-    ) -> tuple[list[int], list[bool]]:
+    def demonstration(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> tuple[list[int], list[bool]]:
         """A whole conversation as tokens, and which of them the assistant says (stop token included)."""
 
 
@@ -291,6 +297,12 @@ class RolloutScheduler(Protocol):
 
     def admit(self, group: Group, version: int) -> Drop | None:
         """May this group be trained at `version`? Asked when it arrives and again when a batch is formed."""
+
+    def select(self, ready: Sequence[int], outstanding: Sequence[int], count: int) -> Sequence[int]:
+        """Which `count` of the ready groups form the next batch; empty: wait.
+
+        `ready` (at least `count`) and `outstanding` (issued and not finished) are group ids, ascending.
+        """
 
     def on_publish(self, version: int, in_flight: Sequence[InFlight]) -> Sequence[Drop]:
         """New weights are served: which groups in flight can no longer be used?"""

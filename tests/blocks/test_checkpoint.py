@@ -92,6 +92,8 @@ def test_at_most_one_tensor_is_held_while_loading(tmp_path: Path) -> None:
     seen: list[tuple[str, bool]] = []
 
     class Watching:
+        carried = ()
+
         def from_hf(self, tensors: Mapping[str, Any], name: str) -> Tensor:
             seen.append((name, torch.equal(model.fused, Pair(seed=0).fused)))
             return WEIGHT_MAP.from_hf(tensors, name)

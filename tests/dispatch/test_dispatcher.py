@@ -75,6 +75,9 @@ class FakeScheduler:
             return Drop(group_id=group.group_id, reason="dull")
         return None
 
+    def select(self, ready: Sequence[int], outstanding: Sequence[int], count: int) -> Sequence[int]:
+        return ready[:count]
+
     def on_publish(self, version: int, in_flight: Sequence[InFlight]) -> Sequence[Drop]:
         self.in_flight = list(in_flight)
         return self.cut

@@ -61,7 +61,7 @@ def test_what_failed_is_issued_again_before_anything_fresh():
     first, second = take(source, 2)
     assert source.retry(first)
     assert source.retry(second)
-    assert source.waiting == 2
+    assert source.waiting == [0, 1]
     again = take(source, 3)
     assert [(i.group_id, i.attempt, i.task) for i in again[:2]] == [(0, 1, first.task), (1, 1, second.task)]
     assert again[2].group_id == 2

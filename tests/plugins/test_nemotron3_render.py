@@ -126,14 +126,15 @@ def test_tools_are_declared_after_the_system_message() -> None:
     tokens = ULTRA.start([{"role": "system", "content": "be brief"}], tools=TOOLS)
     text = TOKENIZER.decode(tokens)
     assert text.startswith(
-        "<|im_start|>system\nbe brief\n\n# Tools\n\nYou have access to the following functions:\n\n<tools>\n<function>\n"
-        "<name>write_file</name>\n<description>Write a file.\nReplaces it.</description>\n<parameters>\n"
+        "<|im_start|>system\nbe brief\n\n# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
+        "<function>\n<name>write_file</name>\n<description>Write a file.\nReplaces it.</description>\n<parameters>\n"
         "<parameter>\n<name>text</name>\n<type>string</type>\n<description>What to write.</description>\n"
         "<maxLength>9</maxLength>\n</parameter>\n"
-        '<parameter>\n<name>mode</name>\n<type>string</type>\n<enum>["a", "w"]</enum>\n<default>w</default>\n</parameter>\n'
-        '<parameter>\n<name>lines</name>\n<type>array</type>\n<items>{"type": "integer", "minimum": 1}</items>\n'
-        '</parameter>\n<required>["text"]</required>\n</parameters>\n</function>\n<function>\n<name>list-files</name>\n'
-        "<parameters>\n<parameter>\n<name>text</name>\n<type>string</type>\n</parameter>\n</parameters>\n</function>\n"
+        '<parameter>\n<name>mode</name>\n<type>string</type>\n<enum>["a", "w"]</enum>\n<default>w</default>\n'
+        "</parameter>\n<parameter>\n<name>lines</name>\n<type>array</type>\n"
+        '<items>{"type": "integer", "minimum": 1}</items>\n</parameter>\n<required>["text"]</required>\n</parameters>\n'
+        "</function>\n<function>\n<name>list-files</name>\n<parameters>\n"
+        "<parameter>\n<name>text</name>\n<type>string</type>\n</parameter>\n</parameters>\n</function>\n"
         "</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n"
         "<tool_call>\n<function=example_function_name>\n"
     )

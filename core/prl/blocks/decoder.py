@@ -24,6 +24,13 @@ class CachingMixer(Protocol):
     def new_cache(self, rows: int, length: int) -> Any: ...
 
 
+@runtime_checkable
+class SelfInitialised(Protocol):
+    """A module with tensors that are no plain matrices: `initialise` lets it set them after all others."""
+
+    def initialise_own(self) -> None: ...
+
+
 @attrs.frozen
 class Sublayer:
     """`x + mixer(norm(x))`, and the names of both modules in the layer: those of the family's checkpoints."""
@@ -93,23 +100,18 @@ class Decoder(nn.Module):
         return [cast(Layer, layer).new_cache(rows, length) for layer in self.layers]
 
 
-RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj")
-"""Endings of the names of projections that write into the residual stream."""
-
-
 @torch.no_grad()
-def initialise(model: nn.Module, *, sublayers: int) -> None:
-    """Draw every weight from torch's generator, in the order of the parameters.
+def initialise(model: nn.Module) -> None:
+    """Draw every weight from torch's generator, in the order of the parameters: matrices normal(0, 0.02), norms one.
 
-    Matrices are normal with deviation I^-1/2 for I inputs (0.02 at 2500), so that activations keep their size at every
-    width; those that write into the residual stream are divided by sqrt(sublayers), so that it keeps its size at every
-    depth (Radford et al. 2019, GPT-2). Embeddings have deviation 0.02, norms are one.
+    That is what transformers does for the families at hand. At toy sizes it learned faster than deviations that follow
+    the width or the depth.
     """
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
-        elif name.endswith("embed_tokens.weight"):
-            nn.init.normal_(parameter, std=0.02)
         else:
-            residual = name.endswith(RESIDUAL_OUTPUTS)
-            nn.init.normal_(parameter, std=(parameter.shape[-1] * (sublayers if residual else 1)) ** -0.5)
+            nn.init.normal_(parameter, std=0.02)
+    for module in model.modules():
+        if isinstance(module, SelfInitialised):
+            module.initialise_own()

@@ -1,4 +1,6 @@
-"""The gated feed-forward layer: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+"""Feed-forward layers: gated, down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), and squared ReLU,
+down(relu(up(x))^2) (So et al. 2021, arXiv:2109.08668).
+"""
 
 from __future__ import annotations
 
@@ -53,4 +55,18 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
         projected: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
+        return projected
+
+
+class SquaredReluMLP(nn.Module):
+    """A mixer without a gate."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        projected: Tensor = self.down_proj(self.up_proj(x).relu().square())
         return projected

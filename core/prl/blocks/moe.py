@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prl.blocks.context import Context
+from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
 
 
@@ -38,6 +39,63 @@ class SoftmaxRouter(nn.Module):
         return weights / weights.sum(-1, keepdim=True) if self.renormalise else weights, chosen
 
 
+class SigmoidRouter(nn.Module):
+    """Chooses by sigmoid plus a correction that balances load, and weighs by the sigmoid alone. Computed in float32.
+
+    DeepSeek-V3's (DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2). The correction is a buffer that reinforcement
+    learning leaves as it is. It must stay float32 on its way everywhere: trained ones share a large offset, in bfloat16
+    most of their differences would be lost. With `groups`, only experts of the `groups_per_token` best groups (by the
+    sum of their two best choices) can be chosen.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        experts: int,
+        experts_per_token: int,
+        scale: float,
+        renormalise: bool = True,
+        groups: int = 1,
+        groups_per_token: int = 1,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+        self.experts_per_token = experts_per_token
+        self.scale = scale
+        self.renormalise = renormalise
+        self.groups, self.groups_per_token = groups, groups_per_token
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64."""
+        scores = functional.linear(x.float(), self.weight.float()).sigmoid()
+        return self.weigh(scores, self.choose(scores))
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """scores [T, E] -> chosen experts [T, K]."""
+        choice = scores.detach() + self.e_score_correction_bias.float()
+        if self.groups > 1:
+            choice = self._in_best_groups(choice)
+        return choice.topk(self.experts_per_token, -1).indices
+
+    def weigh(self, scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of chosen experts [T, K], through which the router learns; and the choice itself."""
+        weights = scores.gather(1, chosen)
+        if self.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.scale, chosen
+
+    def _in_best_groups(self, choice: Tensor) -> Tensor:
+        """choice [T, E] -> the same, -inf outside the best groups."""
+        grouped = torch.unflatten(choice, 1, (self.groups, -1))
+        best = grouped.topk(2, -1).values.sum(-1).topk(self.groups_per_token, -1).indices
+        outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, best, False)
+        return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
+
+
 class Experts(nn.Module):
     """Gated feed-forward experts with stacked weights: gate_up_proj [E, 2 F, hidden], down_proj [E, hidden, F]."""
 
@@ -52,17 +110,39 @@ class Experts(nn.Module):
         return functional.grouped_mm(swiglu(gate_up), self.down_proj.transpose(1, 2), offs=offsets)
 
 
-class MixtureOfExperts(nn.Module):
-    """A mixer: router and experts."""
+class SquaredReluExperts(nn.Module):
+    """Experts without a gate: up_proj [E, F, hidden], down_proj [E, hidden, F]."""
 
-    def __init__(self, router: SoftmaxRouter, experts: Experts) -> None:
+    def __init__(self, *, experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
+        up = functional.grouped_mm(x, self.up_proj.transpose(1, 2), offs=offsets)
+        return functional.grouped_mm(up.relu().square(), self.down_proj.transpose(1, 2), offs=offsets)
+
+
+class MixtureOfExperts(nn.Module):
+    """A mixer: router and experts, and optionally a shared expert (itself a mixer) that every token goes through."""
+
+    def __init__(
+        self, router: SoftmaxRouter | SigmoidRouter, experts: nn.Module, *, shared: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.gate = router
         self.experts = experts
+        self.shared_experts = shared
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
         weights, chosen = self.gate(x)
+        mixed = self.routed(x, weights, chosen)
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(x, context, layer_index)
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D]."""
         tokens, count = chosen.shape
         order = chosen.flatten().argsort(stable=True)
         offsets = torch.bincount(chosen.flatten(), minlength=len(self.gate.weight)).cumsum(0).int()
@@ -72,3 +152,22 @@ class MixtureOfExperts(nn.Module):
         outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
         mixed: Tensor = (outputs * weights[..., None]).sum(1).to(x.dtype)
         return mixed
+
+
+class LatentMixtureOfExperts(MixtureOfExperts):
+    """Experts work on a projection of the residual stream; router and shared expert see all of it.
+
+    LatentMoE of Nemotron-3 (NVIDIA 2026): more experts for the same bytes moved between devices.
+    """
+
+    def __init__(
+        self, router: SigmoidRouter, experts: nn.Module, *, hidden_size: int, latent_size: int, shared: nn.Module
+    ) -> None:
+        super().__init__(router, experts, shared=shared)
+        self.fc1_latent_proj = Linear(hidden_size, latent_size)
+        self.fc2_latent_proj = Linear(latent_size, hidden_size)
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden], through the latent."""
+        projected: Tensor = self.fc2_latent_proj(super().routed(self.fc1_latent_proj(x), weights, chosen))
+        return projected

@@ -103,6 +103,8 @@ class ListedWeightMap:
     """Prefix of a module tensor's name -> prefix in the checkpoint; the longest that fits counts (`""` fits all)."""
     config: Mapping[str, Any]
     """What `hf_config` returns."""
+    carried: Sequence[str] = ()
+    """Prefixes of checkpoint tensors that the module has no part for."""
 
     def to_hf(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
         """Views of `tensor` under their checkpoint names."""

@@ -7,7 +7,7 @@ queue makes its producer wait (`put`) or says no (`offer`): that is the controll
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import attrs
@@ -108,24 +108,29 @@ class GroupBuffer:
         self._groups[group.group_id] = group
         self._change.notify()
 
-    async def take(self, count: int, admit: Callable[[Group], bool]) -> list[Group]:
-        """The `count` groups with the lowest ids that `admit` lets pass, once there are so many.
+    async def take(self, select: Callable[[list[int]], Sequence[int]], admit: Callable[[Group], bool]) -> list[Group]:
+        """The groups that `select` chooses among the ids that are ready (ascending), once it chooses any.
 
-        Groups it refuses leave the buffer; what becomes of them is the caller's business.
+        Groups that `admit` refuses leave the buffer; what becomes of them is the caller's business.
         """
         while True:
-            await self._change.until(lambda: len(self._groups) >= count)
+            await self._change.until(lambda: bool(select(sorted(self._groups))))
             self._keep(admit)
-            if len(self._groups) >= count:
-                return self._remove_lowest(count)
+            chosen = select(sorted(self._groups))
+            if chosen:
+                return self._remove(chosen)
+
+    def reconsider(self) -> None:
+        """Something beside the buffer changed that `select` looks at."""
+        self._change.notify()
 
     def _keep(self, admit: Callable[[Group], bool]) -> None:
         self._groups = {group_id: group for group_id, group in self._groups.items() if admit(group)}
         self._change.notify()
 
-    def _remove_lowest(self, count: int) -> list[Group]:
-        taken = [self._groups.pop(group_id) for group_id in sorted(self._groups)[:count]]
-        self._passed += count
+    def _remove(self, group_ids: Sequence[int]) -> list[Group]:
+        taken = [self._groups.pop(group_id) for group_id in group_ids]
+        self._passed += len(taken)
         self._change.notify()
         return taken
 

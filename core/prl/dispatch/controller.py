@@ -252,7 +252,7 @@ class Controller:
             dispatcher, idle = self._parts.dispatcher, self._parts.engines.idle
             queues.append(dispatcher.buffer.statistics())
             gauges |= {f"dropped/{reason}": count for reason, count in dispatcher.take_dropped().items()}
-            gauges |= {"queue/retry": dispatcher.feed.waiting, "queue/running": dispatcher.running}
+            gauges |= {"queue/retry": len(dispatcher.feed.waiting), "queue/running": dispatcher.running}
             gauges |= {} if idle is None else {"idle/engine": idle}
         if self._publish_seconds is not None:
             gauges["time/publish"] = self._publish_seconds

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -93,6 +93,7 @@ class Dispatcher:
         self._cuts.pop(issue.group_id, None)
         if drop is not None:
             self._drop(drop)
+        self.buffer.reconsider()
         self.progress.change.notify()
 
     def _sampling(self, issue: Issue) -> Sampling:
@@ -141,7 +142,14 @@ class Dispatcher:
     # --- called by the other loops ------------------------------------------------------------------------------------
     async def take(self) -> list[Group]:
         """The groups of the next batch, in the order of their ids, all admissible at the version `progress.formed`."""
-        return await self.buffer.take(self.rollouts.groups_per_step, self._admit)
+        return await self.buffer.take(self._select, self._admit)
+
+    def _select(self, ready: list[int]) -> Sequence[int]:
+        count = self.rollouts.groups_per_step
+        if len(ready) < count:
+            return ()
+        outstanding = sorted({*self._in_flight, *self.feed.waiting} - set(ready))
+        return self.scheduler.select(ready, outstanding, count)
 
     def published(self, version: int) -> None:
         """Every engine serves `version`: cut what the scheduler no longer wants."""

@@ -100,9 +100,9 @@ class Feed:
         return self._outstanding[group_id]
 
     @property
-    def waiting(self) -> int:
-        """Issues that wait to be tried again."""
-        return len(self._again)
+    def waiting(self) -> list[int]:
+        """Group ids that wait to be tried again."""
+        return [issue.group_id for issue in self._again]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

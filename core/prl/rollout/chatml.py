@@ -1,4 +1,4 @@
-"""The ChatML chat format, `<|im_start|>role\\ncontent<|im_end|>\\n` for every message, and Hermes' tools as Qwen has them.
+"""The ChatML chat format, `<|im_start|>role\\ncontent<|im_end|>\\n` for every message, tools as Qwen has them (Hermes).
 
 A `prl.providers.Renderer` for any tokenizer that has the two markers. `<tool_call>` and the like are written and read
 as text: what they are tokenised as is the tokenizer's business. Reasoning is not set apart. Imports no torch.

@@ -265,13 +265,10 @@ class Simulation:
             drop = self.scheduler.admit(group, self.formed)
             if drop is not None:
                 self._drop(drop, self.ready.pop(group.group_id).rollouts)
-        chosen = self._select(sorted(self.ready), count) if len(self.ready) >= count else ()
+        if len(self.ready) < count:
+            return []
+        chosen = self.scheduler.select(sorted(self.ready), sorted(self.outstanding), count)
         return [self.ready.pop(group_id) for group_id in chosen]
-
-    def _select(self, ready: Sequence[int], count: int) -> Sequence[int]:
-        select = getattr(self.scheduler, "select", None)
-        chosen: Sequence[int] = select(ready, sorted(self.outstanding), count) if select else ready[:count]
-        return chosen
 
     def _train(self) -> None:
         if self._training or not self._batches:

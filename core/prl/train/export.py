@@ -25,6 +25,8 @@ class Exporter:
     number_format: NumberFormat
     sender: WeightSender | None
     """None on every rank but the one that publishes."""
+    float32: tuple[str, ...] = ()
+    """Endings of the names of module tensors that travel as they are."""
 
     def publish(self, version: int) -> Manifest | None:
         """Take part in sending `version`; the manifest on the rank that publishes."""
@@ -45,4 +47,7 @@ class Exporter:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.state_dict().items():
             for hf_name, hf_tensor in self.weight_map.to_hf(name, full(tensor)):
-                yield from self.number_format.export(hf_name, hf_tensor)
+                if name.endswith(self.float32):
+                    yield hf_name, hf_tensor
+                else:
+                    yield from self.number_format.export(hf_name, hf_tensor)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from prl.blocks import checkpoint
+from prl.blocks.precision import cast
 from prl.compose.compose import Composition
 from prl.errors import PrlError, RunError
 from prl.messages import Failed, Hello, Publish, Retire, Save, Saved, StepDone, Stop, TrainStep
@@ -161,6 +162,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             model=model,
             weight_map=weight_map,
             number_format=number_format,
+            float32=_model_provider(composition).float32,
             sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
         ),
         version=version,
@@ -186,7 +188,7 @@ def _build_model(
     torch.manual_seed(run.run.seed)
     with ranks.device:
         model: nn.Module = composition.build(run.model, vocab_size)
-    model.to(number_format.train_dtype)
+    cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
     if run.trainer.initial_weights:
         checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
     ranks.shard(model)

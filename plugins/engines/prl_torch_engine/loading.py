@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import attrs
 import torch
+from prl.blocks import precision
 from prl.providers import LanguageModel, Model, NumberFormat, Renderer, Tokenizer, WeightMap
 from prl.rollout.tokenizer import load as load_tokenizer
 from torch import nn
@@ -38,9 +39,10 @@ def load(composition: Composition) -> Loaded:
     number_format: NumberFormat = composition.build(run.quantization)
     with torch.device(_device(run.trainer.device)):
         module: nn.Module = composition.build(run.model, tokenizer.vocab_size)
+    precision.cast(module, number_format.serve_dtype, float32=provider.float32)
     return Loaded(
         name=provider.name,
-        module=module.to(number_format.serve_dtype).eval().requires_grad_(False),
+        module=module.eval().requires_grad_(False),
         weight_map=composition.load(provider.weights)(run.model, tokenizer.vocab_size),
         tokenizer=tokenizer,
         renderer=composition.load(provider.render)(run.model, tokenizer),

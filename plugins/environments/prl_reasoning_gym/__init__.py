@@ -37,6 +37,7 @@ class ReasoningGymConfig(EnvironmentConfig):
     size: int = option(2000, help="distinct training tasks", validator=positive)
     eval_size: int = option(200, help="distinct held-out tasks", validator=positive)
     instruction: str = option("", help="system message put before each question")
+    partial_credit: bool = option(True, help="false: the reward is 1 for a full score and 0 for anything less")
 
     def __attrs_post_init__(self) -> None:
         if bool(self.dataset) == bool(self.mix):

@@ -1,7 +1,8 @@
 """The environment: a question, one reply, and the dataset's own opinion of it.
 
 Quirks of the package's scorers, which are used as they are: partial credit is common (a reply to spell_backward earns
-the share of letters in place, also when more follows), some raise on text they cannot parse, and those of
+the share of letters in place, also when more follows, so that a policy trained on it learns to write on and on:
+`partial_credit = false` is the remedy), some raise on text they cannot parse, and those of
 string_insertion, spiral_matrix, binary_matrix, n_queens, puzzle24, countdown and three algebra datasets evaluate the
 reply as Python: do not train on them where the policy's code must not run.
 
@@ -67,7 +68,11 @@ class ReasoningGym:
     async def score(self, task: Task, conversations: Sequence[Conversation]) -> list[Score]:
         """Runs where it is called: the process exists for this, and most scorers take microseconds."""
         dataset, entry = self._datasets[task.data["family"]], task.data["entry"]
-        return [_score(dataset, entry, conversation.reply.strip()) for conversation in conversations]
+        return [self._score(_opinion(dataset, entry, talk.reply.strip())) for talk in conversations]
+
+    def _score(self, opinion: float) -> Score:
+        solved = float(opinion >= 1.0)
+        return Score(reward=opinion if self._config.partial_credit else solved, metrics={"accuracy": solved})
 
     def demonstration(self, task: Task) -> list[Message] | None:
         """The dataset's own answer, where it has one."""
@@ -78,7 +83,7 @@ class ReasoningGym:
         """Nothing is held open."""
 
 
-def _score(dataset: Any, entry: Any, answer: str) -> Score:
+def _opinion(dataset: Any, entry: Any, answer: str) -> float:
     """A reply that the scorer cannot make sense of is a wrong answer of the policy's: reward 0.
 
     SystemExit is what a scorer that evaluates its input makes of the reply `exit()`.
@@ -87,9 +92,7 @@ def _score(dataset: Any, entry: Any, answer: str) -> Score:
         reward = float(dataset.score_answer(answer, entry=entry))
     except (Exception, SystemExit):
         reward = 0.0
-    if not math.isfinite(reward):
-        reward = 0.0
-    return Score(reward=reward, metrics={"accuracy": float(reward >= 1.0)})
+    return reward if math.isfinite(reward) else 0.0
 
 
 def build(config: ReasoningGymConfig, seed: int) -> ReasoningGym:

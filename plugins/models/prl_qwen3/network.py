@@ -24,7 +24,7 @@ def build(config: Qwen3Config, vocab_size: int) -> Decoder:
         norm_eps=sizes.rms_norm_eps,
         tied_embeddings=sizes.tied_embeddings,
     )
-    initialise(model, sublayers=2 * sizes.layers)
+    initialise(model)
     return model
 
 

@@ -40,6 +40,10 @@ class BoundedStaleness:
         steps = self.max_staleness + 1 - (pipeline.next_version - pipeline.version)
         return max(0, steps * self.groups_per_step - pipeline.ready - pipeline.running)
 
+    def select(self, ready: Sequence[int], outstanding: Sequence[int], count: int) -> Sequence[int]:
+        """The oldest that are finished; stragglers are not waited for."""
+        return ready[:count]
+
     def admit(self, group: Group, version: int) -> Drop | None:
         if version - group.oldest_version > self.max_staleness:
             return Drop(group_id=group.group_id, reason="stale")

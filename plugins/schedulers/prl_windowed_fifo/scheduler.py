@@ -54,7 +54,7 @@ class WindowedFifo:
         if outstanding:
             end = min(outstanding) + self.window
             ready = [group_id for group_id in ready if group_id < end]
-        return sorted(ready)[:count] if len(ready) >= count else []
+        return list(ready[:count]) if len(ready) >= count else []
 
     def admit(self, group: Group, version: int) -> Drop | None:
         if version - group.oldest_version > self.max_staleness:

@@ -1,0 +1,182 @@
+"""DeepSeek sparse attention (DeepSeek-AI 2025, DeepSeek-V3.2): a small indexer scores all earlier tokens, and attention
+sees the best `top_k` of them.
+
+The indexer is not trained in reinforcement learning: its weights are frozen and its choice carries no gradient.
+Selection is deterministic and does not depend on packing: scores are float32, and of equal scores (ReLU makes exact
+zeros) the earliest token wins, where `torch.topk` would let the layout decide. While a sequence has no more than `top_k`
+tokens all of them are seen, so nothing is scored. Layers may share the choice of an earlier layer (IndexShare,
+arXiv:2603.12201). Called by `prl.blocks.mla`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prl.blocks import padding
+from prl.blocks.cache import KeysAndValues, TokenCache
+from prl.blocks.context import Context
+from prl.blocks.linear import Linear
+from prl.blocks.padding import Padding
+from prl.blocks.rope import RotaryEmbedding, Tables, rotate
+
+Selection: TypeAlias = "list[Tensor]"
+"""For each rectangle of `rectangles(context)` a [S, L, K] bool: which of its sequence's K tokens a query sees."""
+IndexCache: TypeAlias = TokenCache
+"""Index keys, one [head_dim] per token."""
+
+_KEY_NORM_EPS = 1e-6
+_MEMO = "token selection"
+
+
+class Indexer(nn.Module):
+    """Chooses tokens for the layer it belongs to. Never trained."""
+
+    def __init__(
+        self, *, hidden_size: int, q_rank: int, heads: int, head_dim: int, top_k: int, rope: RotaryEmbedding
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.top_k, self.rope = heads, head_dim, top_k, rope
+        self.wq_b = Linear(q_rank, heads * head_dim)
+        self.wk = Linear(hidden_size, head_dim)
+        self.k_norm = nn.LayerNorm(head_dim, eps=_KEY_NORM_EPS)
+        self.weights_proj = Linear(hidden_size, heads)
+        self.requires_grad_(False)
+
+    def initialise_own(self) -> None:
+        """The bias of the key's norm starts at zero."""
+        self.k_norm.bias.zero_()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, q_latent: Tensor, context: Context, cache: IndexCache | None) -> Selection | None:
+        """x [T, hidden], q_latent [T, q_rank] normed -> what each token may see; None: every token before it.
+
+        With a cache the keys of the new tokens are stored in it.
+        """
+        everything = context.longest <= self.top_k
+        selection: Selection | None = None
+        if cache is not None or not everything:
+            tables = self.rope.tables(context, x.dtype)
+            keys = self._rotated(self.k_norm(self.wk(x))[:, None], tables)
+            if cache is not None:
+                cache.store(keys, context)
+            if not everything:
+                selection = self._select(self._rotated(self._queries(q_latent), tables), keys, x, context, cache)
+        context.memo[_MEMO] = selection
+        return selection
+
+    def new_cache(self, rows: int, length: int) -> IndexCache | None:
+        """None when sequences of `length` tokens are never selected from."""
+        if length <= self.top_k:
+            return None
+        weight = self.wk.weight
+        return TokenCache(
+            rows=rows, length=length, heads=1, size=self.head_dim, dtype=weight.dtype, device=weight.device
+        )
+
+    def _queries(self, q_latent: Tensor) -> Tensor:
+        queries: Tensor = self.wq_b(q_latent).unflatten(1, (self.heads, self.head_dim))
+        return queries
+
+    def _rotated(self, heads: Tensor, tables: Tables) -> Tensor:
+        """heads [T, H, head_dim] with their first dimensions turned."""
+        turned, rest = torch.split(heads, [self.rope.head_dim, self.head_dim - self.rope.head_dim], 2)
+        return torch.cat((rotate(turned, tables), rest), 2)
+
+    def _select(
+        self, queries: Tensor, keys: Tensor, x: Tensor, context: Context, cache: IndexCache | None
+    ) -> Selection:
+        layout = rectangles(context)
+        weights = self.weights_proj(x).float() * self.heads**-0.5
+        known: Iterable[Tensor] = layout.pad(keys)
+        if cache is not None and context.past_max > 0:
+            known = [cache.stored_of(context).transpose(1, 2)]
+        parts = zip(layout.pad(queries), known, layout.pad(weights), layout.pad(context.positions), strict=True)
+        return [self._seen(*part) for part in parts]
+
+    def _seen(self, queries: Tensor, keys: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        """queries [S, L, H, D], keys [S, K, 1, D], weights [S, L, H], positions [S, L] -> [S, L, K] bool."""
+        scores = index_scores(queries, keys[:, :, 0], weights)
+        later = torch.arange(scores.shape[2], device=scores.device) > positions[..., None]
+        return as_mask(select_topk(scores.masked_fill_(later, float("-inf")), self.top_k), scores.shape[2])
+
+
+class SharedIndex(nn.Module):
+    """Stands where an indexer would: the layer sees what the last layer with an indexer chose."""
+
+    def forward(self, x: Tensor, q_latent: Tensor, context: Context, cache: IndexCache | None) -> Selection | None:
+        """The choice, from the context."""
+        selection: Selection | None = context.memo[_MEMO]
+        return selection
+
+    def new_cache(self, rows: int, length: int) -> None:
+        """It remembers nothing."""
+
+
+# --- the kernels' reference -------------------------------------------------------------------------------------------
+def index_scores(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """queries [S, L, H, D], keys [S, K, D], weights [S, L, H] float32 -> [S, L, K] float32.
+
+    score[l, k] = sum over h of weights[l, h] * relu(queries[l, h] . keys[k] / sqrt(D))
+    """
+    products = torch.einsum("slhd,skd->slhk", queries.float(), keys.float()).mul_(queries.shape[-1] ** -0.5)
+    return torch.einsum("slh,slhk->slk", weights, products.relu_())
+
+
+def select_topk(scores: Tensor, count: int) -> Tensor:
+    """scores [..., K], -inf where a token cannot be seen -> [..., min(count, K)] int64 the best, -1 where there is none.
+
+    Of equal scores the smallest index comes first.
+    """
+    values, indices = scores.sort(dim=-1, descending=True, stable=True)
+    return indices[..., :count].masked_fill_(values[..., :count] == float("-inf"), -1)
+
+
+def as_mask(selected: Tensor, keys: int) -> Tensor:
+    """selected [..., k] with -1 for none -> [..., keys] bool."""
+    places = selected.where(selected >= 0, keys)  # one place too many, cut off again
+    mask = torch.zeros(*selected.shape[:-1], keys + 1, dtype=torch.bool, device=selected.device)
+    return mask.scatter_(-1, places, True)[..., :keys]
+
+
+def sparse_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context,
+    *,
+    scale: float,
+    selection: Selection,
+    cache: KeysAndValues | None = None,
+) -> Tensor:
+    """`prl.blocks.attend.attend` over selected tokens only: [T, H, D]. A reference: masks, no gather."""
+    layout = rectangles(context)
+    keys: Iterable[Tensor] = layout.pad(k)
+    values: Iterable[Tensor] = layout.pad(v)
+    if cache is not None:
+        cache.write(k, v, context)
+        if context.past_max > 0:
+            keys, values = ([cached.transpose(1, 2)] for cached in cache.read(context))
+    parts = zip(layout.pad(q), keys, values, selection, strict=True)
+    return layout.unpad([_masked(*part, scale=scale) for part in parts])
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """q [S, L, H, D], k and v [S, K, G, D], mask [S, L, K] -> [S, L, H, D]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def rectangles(context: Context) -> Padding:
+    """How selection and sparse attention lay out the new tokens; the rectangle of a continuation has all sequences."""
+    if "sparse layout" not in context.memo:
+        arranged = padding.bucketed if context.past_max == 0 else padding.square
+        context.memo["sparse layout"] = arranged(context.lengths, context.positions.device)
+    layout: Padding = context.memo["sparse layout"]
+    return layout
