@@ -10,6 +10,7 @@
     logs/attempt-N/     one file per process
     metrics.jsonl       one line per step and per evaluation
     rollouts.jsonl      one line per trained rollout
+    ledger.sqlite       every prompt, batch, version and failure (`prl audit`, `prl explain`)
     checkpoints/step-N/
 """
 
@@ -75,6 +76,10 @@ class RunDir:
     @property
     def rollouts(self) -> Path:
         return self.path / "rollouts.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
 
     @property
     def checkpoints(self) -> Path:

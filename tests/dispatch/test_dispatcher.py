@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -17,6 +18,7 @@ from prl.dispatch.feed import Feed, Issue, Source
 from prl.dispatch.placement import GroupLostError
 from prl.dispatch.progress import Progress
 from prl.errors import RunError
+from prl.ledger.writer import Ledger
 from prl.providers import Drop, InFlight, Pipeline
 from prl.types import Group, Sampling
 
@@ -108,14 +110,15 @@ async def settle() -> None:
 
 
 def build(*, steps: int, retries: int) -> Stage:
-    change = Change()
+    change, ledger = Change(), Ledger(Path("unwritten"))
     placement, scheduler, arrived = FakePlacement(), FakeScheduler(), []
     engine = Engine(index=0, url="engine-0", client=FakeEngine(), serving=True)
     dispatcher = Dispatcher(
         feed=Feed([Source(environment="toy", weight=1.0, size=100)], seed=0, retries=retries),
         scheduler=scheduler,
         placement=placement,
-        engines=EnginePool([engine], change),
+        engines=EnginePool([engine], change, ledger),
+        ledger=ledger,
         progress=Progress(steps=steps, change=change),
         rollouts=RolloutSection(groups_per_step=2, group_size=1, retries=retries),
         seed=0,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 
 import attrs
 import pytest
 from prl.dispatch.change import Change
 from prl.dispatch.engines import Attempt, Engine, EnginePool
+from prl.ledger.writer import Ledger
 
 from tests.dispatch.fakes import FakeEngine
 
@@ -33,7 +35,7 @@ class Clock:
 
 def pool(*clients: FakeEngine, clock: Clock | None = None) -> EnginePool:
     engines = [Engine(index=i, url=f"engine-{i}", client=client, serving=True) for i, client in enumerate(clients)]
-    return EnginePool(engines, Change(), clock=clock or Clock())
+    return EnginePool(engines, Change(), Ledger(Path("unwritten")), clock=clock or Clock())
 
 
 def attempt(size: int) -> Attempt:

@@ -49,7 +49,11 @@ def request(environment: str) -> RunGroup:
 
 
 def pool(*places: tuple[FakeRunner, str]) -> EnvironmentPool:
-    return EnvironmentPool(Place(runner=runner, environments=frozenset(names)) for runner, names in places)
+    named = enumerate(places)
+    return EnvironmentPool(
+        (Place(name=f"place-{i}", runner=runner, environments=frozenset(names)) for i, (runner, names) in named),
+        on_run=lambda request, name: None,
+    )
 
 
 def test_groups_go_where_least_is_going_on():

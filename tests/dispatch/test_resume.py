@@ -105,7 +105,7 @@ def test_a_resumed_run_loses_no_task_and_trains_none_twice(tmp_path):
     [
         (None, "is no complete checkpoint"),
         ("{", "is damaged"),
-        ('{"format": 99}', "has format 99, this prl reads 1"),
+        ('{"format": 99}', "has format 99, this prl reads 2"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, content, sentence):

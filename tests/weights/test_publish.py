@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import attrs
 import pytest
@@ -11,6 +12,7 @@ from prl.dispatch.change import Change
 from prl.dispatch.controller import root_cause
 from prl.dispatch.engines import Attempt, Engine, EnginePool
 from prl.errors import RunError
+from prl.ledger.writer import Ledger
 from prl.weights.publish import Publisher
 
 from tests.dispatch.fakes import FakeEngine, manifest
@@ -30,7 +32,7 @@ class Stage:
 
     def __attrs_post_init__(self) -> None:
         engines = [Engine(index=i, url=f"engine-{i}", client=client) for i, client in enumerate(self.engines)]
-        self.pool = EnginePool(engines, self.change)
+        self.pool = EnginePool(engines, self.change, Ledger(Path("unwritten")))
         self.publisher = Publisher(
             self.pool,
             change=self.change,

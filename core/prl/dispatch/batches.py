@@ -20,6 +20,8 @@ from prl.dispatch.buffer import BoundedQueue
 from prl.dispatch.dispatcher import Dispatcher
 from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.providers import AdvantageFunction
 from prl.score.credit import Scored, score
 from prl.score.pack import pack
@@ -51,6 +53,7 @@ class BatchFormer:
     dispatcher: Dispatcher
     advantage: AdvantageFunction
     progress: Progress
+    ledger: Ledger
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step, then close `batches`."""
@@ -66,12 +69,14 @@ class BatchFormer:
         self.progress.change.notify()
         scored = tuple(score(group, self.advantage) for group in groups)
         batch = await pack_batch([s for group in scored for s in group.samples], self.run, version, phase="rl")
+        group_ids = tuple(group.group_id for group in groups)
+        self.ledger.record(facts.Formed(feed="rl", batch=batch, group_ids=group_ids, groups=scored))
         return PreparedBatch(
             batch=batch,
             learning_rate=self._learning_rate(batch.step),
             publish=True,
             feed=self.dispatcher.feed,
-            issues=tuple(group.group_id for group in groups),
+            issues=group_ids,
             groups=scored,
         )
 

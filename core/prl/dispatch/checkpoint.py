@@ -2,7 +2,8 @@
 
     checkpoints/step-N.partial/     while ranks write; never read
     checkpoints/step-N/             complete: renamed when everything is on disk
-        controller.json             step, feeds (with every task that was issued and not yet trained), scheduler
+        controller.json             step, feeds (with every task that was issued and not yet trained), scheduler,
+                                    chain: the hash of the version (`prl.ledger.chain`)
 
 A checkpoint is taken between two steps, so its parts belong together. Groups in flight or ready are not stored: their
 tasks are, and a resumed run issues them again, so that none is lost and none is trained twice.
@@ -23,9 +24,11 @@ from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.dispatch.trainer import Trainer
 from prl.errors import CheckpointError
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.providers import RolloutScheduler
 
-_FORMAT = 1
+_FORMAT = 2
 _FILE = "controller.json"
 
 
@@ -62,6 +65,7 @@ class Checkpoints:
     keep_last: int
     trainer: Trainer
     state: ControllerState
+    ledger: Ledger
     on_saved: Callable[[int, Path], None]
     newest: int = -1
     """Step of the newest checkpoint of this run, or of the one it was resumed from."""
@@ -70,12 +74,14 @@ class Checkpoints:
         """The trainer must be between two steps."""
         state = self.state.state_dict()
         step = state["step"]
+        state["chain"] = await self.ledger.settled()
         partial, path = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
         await asyncio.to_thread(_make_empty, partial)
         await self.trainer.save(step, partial)
         await asyncio.to_thread(_commit, partial, path, state)
         await asyncio.to_thread(self._prune)
         self.newest = step
+        self.ledger.record(facts.Saved(step=step, path=str(path)))
         self.on_saved(step, path)
 
     def _prune(self) -> None:

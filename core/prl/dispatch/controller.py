@@ -21,9 +21,11 @@ Each loop, what it waits for, and who unblocks it:
     state       something new, twice a second      write, and every change of status
     engines     a poll, once per step              write; a group that an engine failed
     stop        the stop file                      `prl stop`, the launcher
+    ledger      a fact                             every other loop
 
 Every queue is bounded: a slow disk holds up reports, full reports hold up training, training holds up forming, unformed
-groups hold up dispatch, and dispatch is where the run breathes in. Trackers hold up nothing: they miss lines instead.
+groups hold up dispatch, and dispatch is where the run breathes in. Facts that the ledger has yet to write hold up dispatch
+and training. Trackers hold up nothing: they miss lines instead.
 
 All loops live in one TaskGroup: the first that fails ends the others, the workers are told to stop, and its error is
 the run's. A run goes through start (everyone says Hello, engines load the first weights), warm-up, evaluation, the rl
@@ -50,6 +52,8 @@ from prl.dispatch.record import Record, StateFile
 from prl.dispatch.reporting import Reporter
 from prl.dispatch.training import TrainingLoop
 from prl.errors import PrlError
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.messages import Stop
 from prl.providers import RunInfo
 from prl.run_dir import RunDir
@@ -89,6 +93,7 @@ class Controller:
             [(composition.provider(s).name, composition.build(s, run, run_dir.path)) for s in run.trackers]
         )
         self._record = Record(run_dir)
+        self._ledger = Ledger(run_dir.ledger)
         self._reporter = Reporter(
             record=self._record,
             state=self._state,
@@ -119,7 +124,8 @@ class Controller:
         hub = await resources.enter_async_context(Hub(self._run_dir))
         resources.push_async_callback(_dismiss, hub)
         async with asyncio.TaskGroup() as loops:
-            background = [loops.create_task(loop) for loop in (hub.serve(), self._state.run(), self._watch_stop())]
+            started = (hub.serve(), self._state.run(), self._watch_stop(), self._ledger.run())
+            background = [loops.create_task(loop) for loop in started]
             writer = loops.create_task(self._reporter.run())
             telling = loops.create_task(self._trackers.run())
             parts = await self._unless_stopped(self._start(hub, resources))
@@ -130,6 +136,7 @@ class Controller:
             await writer
             self._trackers.close()
             await telling
+            await self._ledger.settled()
             for loop in background:
                 loop.cancel()
 
@@ -140,6 +147,7 @@ class Controller:
         self._state.write()
         self._hooks.call("prl_run_end", info=self._info(), error=error)
         await self._trackers.finish(error)
+        await self._ledger.close(status=status, error=sentence)
         self._record.close()
 
     # --- phases -------------------------------------------------------------------------------------------------------
@@ -155,12 +163,15 @@ class Controller:
             workers=await roll_call(hub, self._composition),
             runner=runner,
             reporter=self._reporter,
+            ledger=self._ledger,
             on_served=self._served,
         ).build()
         for engine in parts.engines.engines:
             resources.push_async_callback(engine.client.aclose)
         self._hooks.call("prl_run_start", info=self._info())
-        await parts.publisher.first(await parts.trainer.publish())
+        manifest = await parts.trainer.publish()
+        self._ledger.record(facts.Loaded(manifest))
+        await parts.publisher.first(manifest)
         return parts
 
     async def _phases(self, parts: Parts) -> None:
@@ -203,6 +214,7 @@ class Controller:
             checkpoints=parts.checkpoints,
             evaluator=parts.evaluator,
             progress=self._progress,
+            ledger=self._ledger,
             stopping=self._stopping,
         )
 
@@ -242,6 +254,7 @@ class Controller:
         self._progress.change.notify()
         if self._parts is not None:
             self._parts.dispatcher.published(version)
+        self._ledger.record(facts.Served(version=version, seconds=seconds))
         self._hooks.call("prl_weights_published", version=version, seconds=seconds)
 
     def _gauges(self) -> dict[str, float]:

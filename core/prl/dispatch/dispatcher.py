@@ -24,6 +24,8 @@ from prl.dispatch.permutation import sampling_seed
 from prl.dispatch.placement import GroupLostError, Placement
 from prl.dispatch.progress import Progress
 from prl.errors import RunError
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
 from prl.types import Group, Sampling
 
@@ -42,6 +44,7 @@ class Dispatcher:
     placement: Placement
     engines: EnginePool
     progress: Progress
+    ledger: Ledger
     rollouts: RolloutSection
     seed: int
     clock: Callable[[], float]
@@ -61,8 +64,10 @@ class Dispatcher:
         """Until cancelled. RunError when groups are lost again and again without one that arrives."""
         async with asyncio.TaskGroup() as groups:
             while True:
+                await self.ledger.room()
                 await self.progress.change.until(lambda: self._capacity() > 0)
                 issue = self.feed.next()
+                self.ledger.record(facts.Issued(feed="rl", issue=issue))
                 self._in_flight[issue.group_id] = InFlight(
                     group_id=issue.group_id, started_version=self.progress.served, started_at=self.clock()
                 )
@@ -109,6 +114,7 @@ class Dispatcher:
         self._lost_in_a_row = 0
         self.on_group(group, self.progress.served)
         drop = self.scheduler.admit(group, self.progress.formed)
+        self.ledger.record(facts.Arrived(group=group, admitted=drop is None))
         if drop is None:
             await self.buffer.put(group)
         return drop
@@ -117,7 +123,10 @@ class Dispatcher:
         cut = self._cuts.get(issue.group_id)
         if cut is not None:
             return cut
-        log.warning("%s; attempt %d of %d", error, issue.attempt + 1, self.rollouts.retries + 1)
+        tries = f"attempt {issue.attempt + 1} of {self.rollouts.retries + 1}"
+        log.warning("%s; %s", error, tries)
+        who = f"group {issue.group_id}"
+        self.ledger.record(facts.Failed(who=who, where=error.reason, sentence=str(error), done=f"dropped, {tries}"))
         self._lost_in_a_row += not error.cut
         if self._lost_in_a_row >= _MOST_STEPS_LOST * self.rollouts.groups_per_step:
             raise RunError(f"{self._lost_in_a_row} groups in a row were lost, the last one because: {error}")
@@ -126,9 +135,11 @@ class Dispatcher:
     def _drop(self, drop: Drop) -> None:
         self._dropped[drop.reason] += 1
         issue = self.feed.outstanding(drop.group_id)
+        again = drop.retry and self.feed.retry(issue)
+        self.ledger.record(facts.Dropped(group_id=drop.group_id, reason=drop.reason, again=again))
         if not drop.retry:
             self.feed.finish([drop.group_id])
-        elif not self.feed.retry(issue):
+        elif not again:
             self._dropped["given_up"] += 1
             log.warning("%s task %d is given up", issue.task.environment, issue.task.index)
         self.progress.change.notify()

@@ -10,11 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import attrs
 
 from prl.dispatch.change import Change
 from prl.errors import InfrastructureError
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.providers import EngineClient
 
 log = logging.getLogger(__name__)
@@ -76,11 +79,17 @@ class EnginePool:
     """
 
     def __init__(
-        self, engines: Sequence[Engine], change: Change, *, clock: Callable[[], float] = time.monotonic
+        self,
+        engines: Sequence[Engine],
+        change: Change,
+        ledger: Ledger,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engines = tuple(engines)
         self.change = change
         """Notified when an engine starts or stops serving."""
+        self._ledger = ledger
         self._clock = clock
         self._poll_due = False
 
@@ -96,6 +105,7 @@ class EnginePool:
     def evict(self, engine: Engine, reason: str) -> None:
         if engine.serving:
             log.warning("engine %d (%s) is evicted: %s", engine.index, engine.url, reason)
+            self._tell(engine, "left", reason)
         engine.serving = False
         for attempt in engine.attempts:
             attempt.cut("engine")
@@ -104,8 +114,26 @@ class EnginePool:
     def rejoin(self, engine: Engine) -> None:
         if not engine.serving:
             log.info("engine %d (%s) serves version %d", engine.index, engine.url, engine.version)
+            self._tell(engine, "joined")
         engine.serving = True
         self.change.notify()
+
+    def committed(self, engine: Engine, version: int) -> None:
+        """It holds that version now, and no other."""
+        engine.version = version
+        self._tell(engine, "committed")
+
+    def failed(self, engine: Engine, error: InfrastructureError) -> None:
+        """It missed an update: it is evicted until publication has caught it up."""
+        engine.failures += 1
+        done = f"evicted until it is caught up; {engine.failures} updates missed in a row"
+        who = f"engine {engine.index}"
+        self._ledger.record(facts.Failed(who=who, where="engine", sentence=str(error), done=done))
+        self.evict(engine, str(error))
+
+    def _tell(self, engine: Engine, event: Literal["joined", "left", "committed"], detail: str = "") -> None:
+        fact = facts.EngineChanged(engine=engine.index, event=event, version=engine.version, detail=detail)
+        self._ledger.record(fact)
 
     # --- health and load ----------------------------------------------------------------------------------------------
     def poll(self) -> None:

@@ -6,7 +6,7 @@ Both kinds answer the same two calls; who calls (`placement`, `warmup`) cannot t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -47,6 +47,7 @@ class RemoteRunner:
 class Place:
     """A runner and the environments it has."""
 
+    name: str
     runner: Runner
     environments: frozenset[str]
     busy: int = 0
@@ -56,13 +57,16 @@ class Place:
 class EnvironmentPool:
     """Every place where tasks can run. One whose connection is gone is left out from then on."""
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, places: Iterable[Place], *, on_run: Callable[[RunGroup, str], None]) -> None:
         self._places = list(places)
+        self._on_run = on_run
+        """Told of every group that is sent somewhere, with the name of the place."""
 
     async def run(self, request: RunGroup) -> Group:
         """Have a group rolled out where least is going on; InfrastructureError when that place cannot."""
-        async with self._least_busy(request.task.environment) as runner:
-            return await runner.run(request)
+        async with self._least_busy(request.task.environment) as place:
+            self._on_run(request, place.name)
+            return await place.runner.run(request)
 
     async def demonstrate(self, tasks: Sequence[TaskRef]) -> list[Sample]:
         """Demonstrations of tasks of any environments, divided between the places that have them."""
@@ -79,14 +83,14 @@ class EnvironmentPool:
         return parts
 
     async def _demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:
-        async with self._least_busy(tasks[0].environment) as runner:
-            return await runner.demonstrate(tasks)
+        async with self._least_busy(tasks[0].environment) as place:
+            return await place.runner.demonstrate(tasks)
 
     def _having(self, environment: str) -> list[Place]:
         return [place for place in self._places if environment in place.environments]
 
     @asynccontextmanager
-    async def _least_busy(self, environment: str) -> AsyncIterator[Runner]:
+    async def _least_busy(self, environment: str) -> AsyncIterator[Place]:
         places = self._having(environment)
         if not places:
             raise RunError(
@@ -95,7 +99,7 @@ class EnvironmentPool:
         place = min(places, key=lambda place: place.busy)
         place.busy += 1
         try:
-            yield place.runner
+            yield place
         except DisconnectedError:
             self._places = [other for other in self._places if other is not place]
             raise

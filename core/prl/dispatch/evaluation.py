@@ -23,6 +23,8 @@ from prl.dispatch.metrics import accuracy
 from prl.dispatch.permutation import sampling_seed
 from prl.dispatch.placement import GroupLostError, Placement
 from prl.dispatch.progress import Progress
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.types import Rollout, Sampling, TaskRef
 
 log = logging.getLogger(__name__)
@@ -49,12 +51,14 @@ class Evaluator:
         tasks: Sequence[TaskRef],
         placement: Placement,
         progress: Progress,
+        ledger: Ledger,
         report: Callable[[EvaluationOutcome], Awaitable[None]],
     ) -> None:
         self._run = run
         self._tasks = tuple(tasks)
         self._placement = placement
         self._progress = progress
+        self._ledger = ledger
         self._report = report
         self._requests: BoundedQueue[int] = BoundedQueue("evaluations", 1)
         self._busy = False
@@ -108,10 +112,16 @@ class Evaluator:
                     issue, size=1, sampling=self._sampling(issue), version=self._progress.served
                 )
             except GroupLostError as error:
-                log.warning("evaluation: %s", error)
+                self._lost(issue, error)
             else:
                 return group.rollouts[0]
         return None
+
+    def _lost(self, issue: Issue, error: GroupLostError) -> None:
+        log.warning("evaluation: %s", error)
+        done = "tried again" if issue.attempt < self._run.rollouts.retries else "left out of the evaluation"
+        who = f"held-out {issue.task.environment} task {issue.task.index}"
+        self._ledger.record(facts.Failed(who=who, where=error.reason, sentence=str(error), done=done))
 
     def _sampling(self, issue: Issue) -> Sampling:
         return Sampling(

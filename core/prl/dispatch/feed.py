@@ -37,6 +37,8 @@ class Issue:
     group_id: int
     task: TaskRef
     attempt: int = 0
+    position: int = -1
+    """Place in the endless order of its environment: epoch * tasks + place in the epoch; -1 outside a feed."""
 
 
 class Feed:
@@ -74,7 +76,8 @@ class Feed:
         self._positions[name] = position + 1
         epoch, offset = divmod(position, self._sources[name].size)
         order = Permutation(self._sources[name].size, mix(self._seed, *name.encode(), epoch))
-        return Issue(group_id=group_id, task=TaskRef(environment=name, split="train", index=order(offset)))
+        task = TaskRef(environment=name, split="train", index=order(offset))
+        return Issue(group_id=group_id, task=task, position=position)
 
     def _choose(self, number: int) -> str:
         point = fraction(self._seed, number) * self._shares[-1]

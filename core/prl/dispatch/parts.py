@@ -30,7 +30,9 @@ from prl.dispatch.reporting import Reporter
 from prl.dispatch.trainer import Trainer
 from prl.dispatch.warmup import WarmupBatches
 from prl.errors import CheckpointError, RunError
-from prl.messages import Hello, Role
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
+from prl.messages import Hello, Role, RunGroup
 from prl.providers import Engine as EngineProvider
 from prl.providers import RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
@@ -98,13 +100,14 @@ class Assembly:
     workers: Mapping[Role, Sequence[tuple[bytes, Hello]]]
     runner: GroupRunner | None
     reporter: Reporter
+    ledger: Ledger
     on_served: Callable[[int, float], None]
 
     def build(self) -> Parts:
         """CheckpointError when the run resumes from what does not belong to it."""
         run, progress = self.composition.run, self.reporter.progress
-        engines = EnginePool(list(self._engines()), progress.change)
-        environments = EnvironmentPool(self._places())
+        engines = EnginePool(list(self._engines()), progress.change, self.ledger)
+        environments = EnvironmentPool(self._places(), on_run=self._placed(engines))
         placement = Placement(engines, environments, timeout=run.rollouts.timeout)
         trainer = Trainer(self.hub, [peer for peer, _ in self.workers["trainer"]])
         scheduler = self.composition.build(run.scheduler, run.rollouts.groups_per_step, time.monotonic)
@@ -117,9 +120,19 @@ class Assembly:
             publisher=self._publisher(engines, trainer),
             dispatcher=dispatcher,
             former=BatchFormer(
-                run=run, dispatcher=dispatcher, advantage=self.composition.build(run.advantage), progress=progress
+                run=run,
+                dispatcher=dispatcher,
+                advantage=self.composition.build(run.advantage),
+                progress=progress,
+                ledger=self.ledger,
             ),
-            warmup=WarmupBatches(run=run, feed=state.demonstrations, environments=environments, progress=progress),
+            warmup=WarmupBatches(
+                run=run,
+                feed=state.demonstrations,
+                environments=environments,
+                progress=progress,
+                ledger=self.ledger,
+            ),
             evaluator=self._evaluator(placement),
             checkpoints=self._checkpoints(trainer, state),
         )
@@ -134,9 +147,25 @@ class Assembly:
 
     def _places(self) -> Iterator[Place]:
         if self.runner is not None:
-            yield Place(runner=self.runner, environments=_names(self.runner.sizes()))
+            yield Place(name="controller", runner=self.runner, environments=_names(self.runner.sizes()))
         for peer, hello in self.workers["environment"]:
-            yield Place(runner=RemoteRunner(self.hub, peer), environments=_names(hello.sizes))
+            runner = RemoteRunner(self.hub, peer)
+            yield Place(name=peer.decode(), runner=runner, environments=_names(hello.sizes))
+
+    def _placed(self, engines: EnginePool) -> Callable[[RunGroup, str], None]:
+        indices = {engine.url: engine.index for engine in engines.engines}
+
+        def record(request: RunGroup, worker: str) -> None:
+            if request.task.split == "train":
+                fact = facts.Placed(
+                    group_id=request.group_id,
+                    engine=indices[request.engine],
+                    worker=worker,
+                    version=request.version,
+                )
+                self.ledger.record(fact)
+
+        return record
 
     def _sizes(self) -> dict[str, int]:
         """`{"<environment>/<split>": tasks}`; RunError when two workers see an environment differently."""
@@ -167,15 +196,32 @@ class Assembly:
             demonstrations=self._feed(1, 0),
             scheduler=scheduler,
         )
+        chain = ""
         if run.checkpoints.resume:
-            state.load_state_dict(checkpoint.read(Path(run.checkpoints.resume)))
+            saved = checkpoint.read(Path(run.checkpoints.resume))
+            state.load_state_dict(saved)
+            chain = saved["chain"]
         for peer, hello in self.workers["trainer"]:
             if hello.version != progress.trained:
                 raise CheckpointError(
                     f"{peer.decode()} starts from version {hello.version}, the controller from version "
                     f"{progress.trained}; resume with one checkpoint that is complete"
                 )
+        self.ledger.record(self._continued(state, chain))
         return state
+
+    def _continued(self, state: ControllerState, chain: str) -> facts.Continued:
+        run = self.composition.run
+        return facts.Continued(
+            step=state.progress.trained,
+            source=run.checkpoints.resume,
+            chain=chain,
+            max_staleness=getattr(run.scheduler, "max_staleness", None),
+            groups_per_step=run.rollouts.groups_per_step,
+            group_size=run.rollouts.group_size,
+            samples_per_step=run.warmup.samples_per_step,
+            feeds={"rl": state.feed.state_dict(), "warmup": state.demonstrations.state_dict()},
+        )
 
     def _dispatcher(self, state: ControllerState, placement: Placement, engines: EnginePool) -> Dispatcher:
         run, hooks = self.composition.run, self.reporter.hooks
@@ -185,6 +231,7 @@ class Assembly:
             placement=placement,
             engines=engines,
             progress=state.progress,
+            ledger=self.ledger,
             rollouts=run.rollouts,
             seed=run.run.seed,
             clock=time.monotonic,
@@ -212,7 +259,14 @@ class Assembly:
             for section in run.environments
             for index in range(min(run.evaluation.tasks, sizes[f"{section.name}/eval"]))
         ]
-        return Evaluator(run=run, tasks=tasks, placement=placement, progress=self.reporter.progress, report=report)
+        return Evaluator(
+            run=run,
+            tasks=tasks,
+            placement=placement,
+            progress=self.reporter.progress,
+            ledger=self.ledger,
+            report=report,
+        )
 
     def _checkpoints(self, trainer: Trainer, state: ControllerState) -> Checkpoints:
         hooks = self.reporter.hooks
@@ -221,6 +275,7 @@ class Assembly:
             keep_last=self.composition.run.checkpoints.keep_last,
             trainer=trainer,
             state=state,
+            ledger=self.ledger,
             on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
             newest=state.progress.trained,
         )

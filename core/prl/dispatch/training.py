@@ -22,6 +22,8 @@ from prl.dispatch.evaluation import Evaluator
 from prl.dispatch.progress import Progress
 from prl.dispatch.reporting import Reporter, StepOutcome
 from prl.dispatch.trainer import Trainer, manifest_of
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.messages import StepDone
 from prl.weights.publish import Publisher
 
@@ -38,6 +40,7 @@ class TrainingLoop:
     checkpoints: Checkpoints
     evaluator: Evaluator
     progress: Progress
+    ledger: Ledger
     stopping: asyncio.Event
     _last_end: float = 0.0
 
@@ -51,6 +54,8 @@ class TrainingLoop:
             await self._step(prepared)
 
     async def _step(self, prepared: PreparedBatch) -> None:
+        await self.ledger.room()
+        self.ledger.record(facts.Handed(step=prepared.batch.step))
         reports = await self.trainer.step(
             prepared.batch, learning_rate=prepared.learning_rate, publish=prepared.publish
         )
@@ -58,6 +63,7 @@ class TrainingLoop:
         self.progress.trained = step
         prepared.feed.finish(prepared.issues)
         manifest = manifest_of(reports)
+        self.ledger.record(facts.Trained(step=step, manifest=manifest))
         if manifest is not None:
             self.publisher.announce(manifest)
         self.engines.poll()

@@ -17,6 +17,8 @@ from prl.dispatch.environments import EnvironmentPool
 from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.errors import InfrastructureError, RunError
+from prl.ledger import facts
+from prl.ledger.writer import Ledger
 from prl.train.schedule import learning_rate
 from prl.types import Sample, TaskRef
 
@@ -29,6 +31,7 @@ class WarmupBatches:
     feed: Feed
     environments: EnvironmentPool
     progress: Progress
+    ledger: Ledger
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step of the warm-up, then close `batches`."""
@@ -40,15 +43,19 @@ class WarmupBatches:
     async def _next(self) -> PreparedBatch:
         section = self.run.warmup
         issues = [self.feed.next() for _ in range(section.samples_per_step)]
+        for issue in issues:
+            self.ledger.record(facts.Issued(feed="warmup", issue=issue))
         samples = await self._demonstrations([issue.task for issue in issues])
         batch = await pack_batch(samples, self.run, self.progress.formed, phase="warmup")
         self.progress.formed += 1
+        group_ids = tuple(issue.group_id for issue in issues)
+        self.ledger.record(facts.Formed(feed="warmup", batch=batch, group_ids=group_ids, groups=()))
         return PreparedBatch(
             batch=batch,
             learning_rate=learning_rate(self.run.schedule, section.learning_rate, batch.step, section.steps),
             publish=batch.step == section.steps,
             feed=self.feed,
-            issues=tuple(issue.group_id for issue in issues),
+            issues=group_ids,
         )
 
     async def _demonstrations(self, tasks: list[TaskRef]) -> list[Sample]:

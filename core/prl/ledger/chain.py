@@ -18,6 +18,7 @@ import hashlib
 from typing import Any, Protocol
 
 import attrs
+import numpy as np
 from numpy.typing import NDArray
 
 from prl.types import Batch, Manifest, MicroBatch
@@ -47,9 +48,8 @@ def manifest_digest(manifest: Manifest | None) -> str:
 
 def batch_digest(batch: Batch) -> str:
     """Every column of every micro-batch of every rank, with names, types and shapes, after step and denominators."""
-    digest = hashlib.sha256(
-        f"{batch.step} {batch.version} {batch.phase} {sorted(batch.token_counts.items())}".encode()
-    )
+    head = f"{batch.step} {batch.version} {batch.phase} {sorted(batch.token_counts.items())}"
+    digest = hashlib.sha256(head.encode())
     for rank, micro_batches in enumerate(batch.ranks):
         for number, micro_batch in enumerate(micro_batches):
             digest.update(f"\nrank {rank} micro-batch {number}\n".encode())
@@ -68,4 +68,4 @@ def _add_columns(digest: Hash, micro_batch: MicroBatch) -> None:
 
 def _add_column(digest: Hash, name: str, column: NDArray[Any]) -> None:
     digest.update(f"{name} {column.dtype.str} {column.shape}\n".encode())
-    digest.update(column.tobytes() if not column.flags.c_contiguous else column.data)
+    digest.update(np.ascontiguousarray(column).data)

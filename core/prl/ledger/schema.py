@@ -87,7 +87,7 @@ CREATE TABLE rollouts (
     member INTEGER NOT NULL,
     length INTEGER NOT NULL,        -- sampled tokens
     tokens INTEGER NOT NULL,        -- all tokens
-    reward REAL NOT NULL,
+    reward REAL,                    -- NULL where the environment gave none that is a number
     truncated INTEGER NOT NULL,
     oldest INTEGER,                 -- version of any sampled token; NULL when nothing was sampled
     newest INTEGER,

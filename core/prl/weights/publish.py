@@ -108,7 +108,7 @@ class Publisher:
         seconds = self._deadline + manifest.nbytes / BYTES_PER_SECOND
         await _within(seconds, engine.client.prepare(manifest), f"prepare of version {manifest.version}")
         await _within(seconds, engine.client.commit(manifest.version), f"commit of version {manifest.version}")
-        engine.version = manifest.version
+        self._engines.committed(engine, manifest.version)
 
     async def _succeeded(self, engine: Engine) -> None:
         engine.failures = 0
@@ -117,8 +117,7 @@ class Publisher:
         await self._acknowledge()
 
     async def _failed(self, engine: Engine, error: InfrastructureError) -> None:
-        engine.failures += 1
-        self._engines.evict(engine, str(error))
+        self._engines.failed(engine, error)
         if all(not other.serving and other.failures > _CATCH_UPS for other in self._engines.engines):
             raise RunError(
                 f"no engine is left: engine {engine.index} ({engine.url}) failed {engine.failures} updates in a row, "

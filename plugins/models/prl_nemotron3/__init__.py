@@ -1,1 +1,77 @@
-"""Nemotron-3 Nano, Super and Ultra."""
+"""Nemotron-3 Nano, Super and Ultra (NVIDIA 2025 and 2026; Super: arXiv:2604.12374).
+
+A hybrid of single mixers: Mamba-2 layers, a few layers of grouped-query attention without positions, and layers of
+ungated experts, which in Super and Ultra work on a latent. The block that predicts further tokens is no part of the
+network; checkpoints keep it (`WeightMap.carried`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import attrs
+from attrs import validators
+from prl import hookimpl, option
+from prl.compose.config import ModelConfig
+from prl.providers import Model
+
+from prl_nemotron3.render import SPECIAL_TOKENS
+
+_positive = validators.optional(validators.gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class NemotronConfig(ModelConfig):
+    """What the `[model]` sections of this family share."""
+
+    size: Literal["toy", "full"] = option("toy", help="toy: trains on a CPU; full: as published")
+    pattern: str = option(
+        "",
+        help="a letter per layer, if not the size's: M Mamba-2, * attention, E experts",
+        validator=validators.matches_re(r"[ME*]*"),
+    )
+    hidden_size: int | None = option(None, help="width of the residual stream, if not the size's", validator=_positive)
+    experts: int | None = option(None, help="experts of a layer, if not the size's", validator=_positive)
+    experts_per_token: int | None = option(
+        None, help="experts each token is sent to, if not the size's", validator=_positive
+    )
+    expert_intermediate_size: int | None = option(
+        None, help="width of one expert, if not the size's", validator=_positive
+    )
+    thinking: bool = option(True, help="the assistant is invited to reason first")
+
+
+@attrs.frozen(kw_only=True)
+class NanoConfig(NemotronConfig):
+    """`[model]` with `type = "nemotron-3-nano"`."""
+
+
+@attrs.frozen(kw_only=True)
+class SuperConfig(NemotronConfig):
+    """`[model]` with `type = "nemotron-3-super"`."""
+
+
+@attrs.frozen(kw_only=True)
+class UltraConfig(NemotronConfig):
+    """`[model]` with `type = "nemotron-3-ultra"`."""
+
+
+@hookimpl
+def prl_models() -> Iterable[Model]:
+    yield _model("nano", NanoConfig, "nemotron_3", "32B")
+    yield _model("super", SuperConfig, "nemotron_3", "121B")
+    yield _model("ultra", UltraConfig, "nemotron_3_ultra", "549B")
+
+
+def _model(name: str, config: type[NemotronConfig], renderer: str, parameters: str) -> Model:
+    return Model(
+        name=f"nemotron-3-{name}",
+        config=config,
+        summary=f"Nemotron-3-{name.title()}: Mamba-2, attention and experts, {parameters} parameters; or a toy",
+        build="prl_nemotron3.network:build",
+        weights="prl_nemotron3.weights:weight_map",
+        render=f"prl_nemotron3.render:{renderer}",
+        special_tokens=SPECIAL_TOKENS,
+        float32=("e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias"),
+    )

@@ -1,0 +1,120 @@
+"""What a GLM-5 is made of, as published or as a toy. Imports no torch."""
+
+from __future__ import annotations
+
+import attrs
+from prl.errors import UserError
+
+from prl_glm5 import Glm52Config, GlmConfig
+
+
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """Every number of the architecture."""
+
+    vocab_size: int
+    """0 in a toy: as many as the tokenizer has."""
+    hidden_size: int
+    layers: int
+    dense_layers: int
+    """Layers at the start that have no experts."""
+    intermediate_size: int
+    heads: int
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    experts: int
+    experts_per_token: int
+    shared_experts: int
+    expert_intermediate_size: int
+    routed_scale: float = 2.5
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    positions: int = 202_752
+    index_heads: int
+    index_head_dim: int
+    index_top_k: int
+    index_period: int = 1
+    """From layer `index_first_period - 1` on, every so many layers have an indexer; the others share its choice."""
+    index_first_period: int = 2
+    prediction_layers: int
+    """Blocks that predict further tokens, which checkpoints keep after the last layer."""
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer chooses for itself."""
+        return max(layer - self.index_first_period + 1, 0) % self.index_period == 0
+
+
+FULL = Sizes(
+    vocab_size=154_880,
+    hidden_size=6144,
+    layers=78,
+    dense_layers=3,
+    intermediate_size=12_288,
+    heads=64,
+    q_rank=2048,
+    kv_rank=512,
+    nope_dim=192,
+    rope_dim=64,
+    value_dim=256,
+    experts=256,
+    experts_per_token=8,
+    shared_experts=1,
+    expert_intermediate_size=2048,
+    index_heads=32,
+    index_head_dim=128,
+    index_top_k=2048,
+    prediction_layers=1,
+)
+"""GLM-5 and GLM-5.1."""
+
+TOY = Sizes(
+    vocab_size=0,
+    hidden_size=128,
+    layers=4,
+    dense_layers=1,
+    intermediate_size=256,
+    heads=4,
+    q_rank=64,
+    kv_rank=32,
+    nope_dim=24,
+    rope_dim=16,
+    value_dim=40,
+    experts=8,
+    experts_per_token=2,
+    shared_experts=1,
+    expert_intermediate_size=48,
+    index_heads=16,
+    index_head_dim=32,
+    index_top_k=128,
+    prediction_layers=0,
+)
+
+
+_OVERRIDES = (
+    "layers",
+    "hidden_size",
+    "experts",
+    "experts_per_token",
+    "expert_intermediate_size",
+    "index_top_k",
+)
+
+
+def resolve(config: GlmConfig, vocab_size: int) -> Sizes:
+    """The sizes a config asks for, with a vocabulary of at least the tokenizer's `vocab_size`."""
+    sizes = TOY if config.size == "toy" else FULL
+    if isinstance(config, Glm52Config):
+        sizes = attrs.evolve(sizes, index_period=4, index_first_period=3, rope_theta=8e6, positions=1_048_576)
+    if sizes.vocab_size and sizes.vocab_size < vocab_size:
+        raise UserError(
+            f'model.size "{config.size}" has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the '
+            "tokenizer of the published model"
+        )
+    given = {name: value for name in _OVERRIDES if (value := getattr(config, name)) is not None}
+    sizes = attrs.evolve(sizes, vocab_size=sizes.vocab_size or vocab_size, **given)
+    if sizes.experts_per_token > sizes.experts:
+        raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
+    return sizes
