@@ -9,6 +9,7 @@ import torch
 from prl.blocks.attention import GroupedQueryAttention
 from prl.blocks.context import Context
 from prl.blocks.decoder import Decoder, Layer, Sublayer
+from prl.blocks.mamba2 import Mamba2, MambaSizes
 from prl.blocks.mlp import GatedMLP
 from prl.blocks.norm import RMSNorm
 from prl.blocks.rope import RotaryEmbedding
@@ -102,3 +103,16 @@ def chosen(rows: np.ndarray, completion: Completion) -> np.ndarray:
     """[sampled] the entries of the sampled tokens."""
     values: np.ndarray = rows[np.arange(len(completion.tokens)), completion.tokens]
     return values
+
+
+def recurrent_model(seed: int = 0) -> Decoder:
+    """A recurrent layer between two of the layers of `tiny_model`: a row's cache cannot be cut back to a prefix."""
+    model = tiny_model(seed)
+    sizes = MambaSizes(heads=4, head_dim=8, groups=2, state=8, kernel=4, chunk=16)
+    mamba = Mamba2(sizes, hidden_size=32, norm_eps=1e-6)
+    draw = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in mamba.parameters():
+            parameter.normal_(0.0, 0.35, generator=draw)
+    model.layers.insert(1, Layer(Sublayer("norm", RMSNorm(32, 1e-6), "mixer", mamba)))
+    return model.eval().requires_grad_(False)

@@ -11,6 +11,8 @@ import textwrap
 import pytest
 from prl.train.agent import launch
 
+from tests.listening import needs_proc
+
 
 def rank_program(source: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(source)]
@@ -51,3 +53,21 @@ def test_an_agent_that_is_told_to_stop_stops_its_ranks():
             process.kill()
     with pytest.raises(ProcessLookupError):
         os.kill(started, 0)
+
+
+@needs_proc
+def test_ranks_and_their_agent_listen_on_loopback_alone(tmp_path):
+    program = rank_program(
+        f"""
+        import os, pathlib, torch.distributed as dist
+        from tests.listening import addresses
+        dist.init_process_group("gloo")
+        dist.barrier()
+        seen = addresses(os.getpid()) | addresses(os.getppid())
+        pathlib.Path({str(tmp_path)!r}, os.environ["RANK"]).write_text(" ".join(sorted(seen)))
+        dist.barrier()
+        dist.destroy_process_group()
+        """
+    )
+    assert launch(program, ranks=2) == 0
+    assert [set((tmp_path / rank).read_text().split()) for rank in "01"] == [{"127.0.0.1"}] * 2

@@ -116,7 +116,7 @@ class GroupedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, size] -> the same shape."""
         weight = torch.unflatten(self.weight, 0, (self.groups, -1)).to(x.dtype)
-        return rms_norm(x.unflatten(1, (self.groups, -1)), weight, self.eps).flatten(1)
+        return rms_norm(torch.unflatten(x, 1, (self.groups, -1)), weight, self.eps).flatten(1)
 
 
 class Mamba2(nn.Module):
@@ -198,19 +198,24 @@ class Mamba2(nn.Module):
         seen = torch.cat((last_inputs, inputs[:, None]), 1)
         x, b, c = (part[:, 0] for part in self._parts(self.conv1d(seen)))
         per_group = (self.sizes.groups, self.sizes.heads // self.sizes.groups)
-        added = (x * dt[..., None]).unflatten(1, per_group)[..., None] * b[:, :, None, None]  # [S, G, H / G, P, N]
+        stepped = torch.unflatten(x * dt[..., None], 1, per_group)
+        added = stepped[..., None] * b[:, :, None, None]  # [S, G, H / G, P, N]
         state = torch.addcmul(added.flatten(1, 2), state, (dt * self._decay()).exp()[..., None, None])
         cache.write(seen[:, 1:], state, context)
-        read = torch.matmul(state.unflatten(1, per_group), c[:, :, None, :, None])[..., 0].flatten(1, 2)
+        read = torch.matmul(torch.unflatten(state, 1, per_group), c[:, :, None, :, None])[..., 0].flatten(1, 2)
         return torch.addcmul(read, self.D.float()[:, None], x)
 
     def _parts(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., convolved] -> x [..., H, P], B and C [..., G, N], float32."""
         sizes = self.sizes
         shared = sizes.groups * sizes.state
-        x, b, c = convolved.float().split((sizes.inner, shared, shared), -1)
+        x, b, c = torch.split(convolved.float(), [sizes.inner, shared, shared], -1)
         per_group = (sizes.groups, sizes.state)
-        return x.unflatten(-1, (sizes.heads, sizes.head_dim)), b.unflatten(-1, per_group), c.unflatten(-1, per_group)
+        return (
+            torch.unflatten(x, -1, (sizes.heads, sizes.head_dim)),
+            torch.unflatten(b, -1, per_group),
+            torch.unflatten(c, -1, per_group),
+        )
 
     def _decay(self) -> Tensor:
         """[H] per unit of `dt`, negative."""

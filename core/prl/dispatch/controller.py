@@ -24,8 +24,8 @@ Each loop, what it waits for, and who unblocks it:
     ledger      a fact                             every other loop
 
 Every queue is bounded: a slow disk holds up reports, full reports hold up training, training holds up forming, unformed
-groups hold up dispatch, and dispatch is where the run breathes in. Facts that the ledger has yet to write hold up dispatch
-and training. Trackers hold up nothing: they miss lines instead.
+groups hold up dispatch, and dispatch is where the run breathes in. Facts that the ledger has yet to write hold up
+dispatch and training. Trackers hold up nothing: they miss lines instead.
 
 All loops live in one TaskGroup: the first that fails ends the others, the workers are told to stop, and its error is
 the run's. A run goes through start (everyone says Hello, engines load the first weights), warm-up, evaluation, the rl

@@ -8,8 +8,8 @@ published (all but the last of a warm-up), the middle part is empty, and the nex
 since they are what it was trained from. The first version of a record has no batch; its parent is `GENESIS`, or the
 chain of the checkpoint it continues from.
 
-What a hash does not cover: the optimizer's state, the code, and the random numbers of the engines (of those, the tokens
-and log-probabilities in the batch are what training sees). Tensor checksums are crc32: they tell accidents, not forgery.
+What a hash does not cover: the optimizer's state, the code, and the random numbers of the engines (training sees
+their tokens and log-probabilities, which the batch holds). Tensor checksums are crc32: they tell accidents, not forgery.
 """
 
 from __future__ import annotations

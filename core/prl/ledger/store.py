@@ -79,11 +79,16 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Continued, at: float) -> None:
-        self._connection.execute(
-            "UPDATE launches SET step = ?, source = ?, chain = ?, max_staleness = ?, groups_per_step = ?,"
-            " group_size = ?, samples_per_step = ? WHERE launch = ?",
-            (fact.step, fact.source, fact.chain, fact.max_staleness, fact.groups_per_step, fact.group_size)
-            + (fact.samples_per_step, self._launch),
+        self._update(
+            "launches",
+            self._launch,
+            step=fact.step,
+            source=fact.source,
+            chain=fact.chain,
+            max_staleness=fact.max_staleness,
+            groups_per_step=fact.groups_per_step,
+            group_size=fact.group_size,
+            samples_per_step=fact.samples_per_step,
         )
         self._undo(fact)
         for feed, state in fact.feeds.items():
@@ -91,7 +96,7 @@ class Store:
         self.chain = fact.chain
 
     def _undo(self, fact: facts.Continued) -> None:
-        """What came after the cut is not history of these weights: later steps, later attempts at what is outstanding."""
+        """What came after the cut did not lead to these weights: later steps, later attempts at outstanding groups."""
         void = "SET void_by = ? WHERE void_by IS NULL AND"
         self._connection.execute(f"UPDATE batches {void} step > ?", (self._launch, fact.step))
         self._connection.execute(f"UPDATE versions {void} version > ?", (self._launch, fact.step))
@@ -128,10 +133,7 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Ended, at: float) -> None:
-        self._connection.execute(
-            "UPDATE launches SET ended_at = ?, status = ?, error = ? WHERE launch = ?",
-            (at, fact.status, fact.error, self._launch),
-        )
+        self._update("launches", self._launch, ended_at=at, status=fact.status, error=fact.error)
 
     # --- a prompt's life ----------------------------------------------------------------------------------------------
     @_apply.register
@@ -153,17 +155,13 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Placed, at: float) -> None:
-        self._connection.execute(
-            "UPDATE issues SET engine = ?, worker = ?, version = ?, placed_at = ? WHERE id = ?",
-            (fact.engine, fact.worker, fact.version, at, self._open["rl", fact.group_id]),
-        )
+        row = self._open["rl", fact.group_id]
+        self._update("issues", row, engine=fact.engine, worker=fact.worker, version=fact.version, placed_at=at)
 
     @_apply.register
     def _(self, fact: facts.Arrived, at: float) -> None:
         group, row = fact.group, self._open["rl", fact.group.group_id]
-        self._connection.execute(
-            "UPDATE issues SET arrived_at = ?, admitted = ? WHERE id = ?", (at, fact.admitted, row)
-        )
+        self._update("issues", row, arrived_at=at, admitted=fact.admitted)
         self._connection.executemany(
             "INSERT INTO rollouts (issue, member, length, tokens, reward, truncated, oldest, newest, versions)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -175,10 +173,8 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Dropped, at: float) -> None:
-        self._connection.execute(
-            "UPDATE issues SET dropped = ?, again = ?, ended_at = ? WHERE id = ?",
-            (fact.reason, fact.again, at, self._open.pop(("rl", fact.group_id))),
-        )
+        row = self._open.pop(("rl", fact.group_id))
+        self._update("issues", row, dropped=fact.reason, again=fact.again, ended_at=at)
 
     # --- batches and versions -----------------------------------------------------------------------------------------
     @_apply.register
@@ -211,13 +207,12 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Handed, at: float) -> None:
-        row = self._open_batches[fact.step].row
-        self._connection.execute("UPDATE batches SET handed_at = ? WHERE id = ?", (at, row))
+        self._update("batches", self._open_batches[fact.step].row, handed_at=at)
 
     @_apply.register
     def _(self, fact: facts.Trained, at: float) -> None:
         done = self._open_batches.pop(fact.step)
-        self._connection.execute("UPDATE batches SET done_at = ? WHERE id = ?", (at, done.row))
+        self._update("batches", done.row, done_at=at)
         self._version(at, fact.step, fact.manifest, batch=done.digest)
         for key in done.keys:
             del self._open[key]
@@ -227,7 +222,7 @@ class Store:
         """The version is on record already, or this is where the record begins."""
         manifest, version = fact.manifest, fact.manifest.version
         digest = chain.manifest_digest(manifest)
-        self._connection.execute("UPDATE launches SET manifest = ? WHERE launch = ?", (digest, self._launch))
+        self._update("launches", self._launch, manifest=digest)
         known = self._connection.execute(
             "SELECT chain FROM versions WHERE version = ? AND void_by IS NULL", (version,)
         ).fetchone()
@@ -286,6 +281,10 @@ class Store:
     def _insert(self, table: str, **values: Any) -> None:
         marks = ", ".join("?" * len(values))
         self._connection.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+
+    def _update(self, table: str, row: int, **values: Any) -> None:
+        assignments = ", ".join(f"{name} = ?" for name in values)
+        self._connection.execute(f"UPDATE {table} SET {assignments} WHERE rowid = ?", (*values.values(), row))
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The controller's hand in the ledger: facts are taken at once and written in a thread, in order, many to a transaction.
+"""The controller's hand in the ledger: facts are taken at once and written in a thread, in order, many at a time.
 
     record(fact) -> queue -> write (a thread; one transaction for whatever waits)      room, settled: who must wait
 
@@ -72,7 +72,7 @@ class Ledger:
             await self._flush()
 
     async def close(self, *, status: str, error: str) -> None:
-        """Write what is left, and how it ended. A failure is only logged: it has ended the run, or comes too late to."""
+        """Write what is left, and how it ended. A failure is only logged: it comes too late to end the run."""
         self.record(Ended(status=status, error=error))
         try:
             await self._flush()

@@ -1,21 +1,24 @@
 """The trainer process: torch's elastic agent, which starts the ranks, watches them and stops them together.
 
 Each rank is a process of its own (`prl worker --role trainer-rank`) that finds its peers through the rendezvous this
-agent holds on a free port of the loopback interface. Ranks are not restarted: a run continues from a checkpoint
-instead. They write to the agent's own stdout and stderr, hence into its log. Started by `prl.worker`.
+agent holds on a free port of the loopback interface, to which what ranks say to each other keeps as well. Ranks are not
+restarted: a run continues from a checkpoint instead. They write to the agent's own stdout and stderr, hence into its
+log. Started by `prl.worker`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from prl.compose.compose import Composition
 from prl.run_dir import RunDir
+from prl.train import rendezvous
 
 
 def main(composition: Composition, run_dir: RunDir, index: int) -> int:
@@ -26,15 +29,17 @@ def main(composition: Composition, run_dir: RunDir, index: int) -> int:
 
 def launch(command: Sequence[str], *, ranks: int) -> int:
     """Run `command` once per rank under the elastic agent."""
+    rendezvous.register()
+    rendezvous.keep_to_loopback(os.environ)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         run_id="prl-trainer",
         role="trainer",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_backend=rendezvous.BACKEND,
+        local_addr=rendezvous.LOOPBACK,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         max_restarts=0,
     )
     executable, *arguments = command

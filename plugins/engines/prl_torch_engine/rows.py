@@ -30,12 +30,17 @@ class Rows:
         self.generation = 0
         """How often the weights were replaced; a version's number alone could be committed twice."""
         self._places = torch.arange(length, device=device)
+        self._divisible = all(cache.prefix_reusable for cache in caches if cache is not None)
+        """Otherwise a row is of use whole or not at all: some layer only has the state after its last token."""
 
     def current(self, row: int) -> bool:
         return bool(self.stamps[row] == self.generation)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` tokens of one row into another, of which nothing is left."""
+        """The first `length` tokens of one row into another, of which nothing is left.
+
+        `length` is all of them, or what `longest_prefix` found.
+        """
         for cache in self.caches:
             if cache is not None:  # a layer that remembers nothing
                 cache.copy_row(source, target, length)
@@ -52,5 +57,7 @@ class Rows:
         differs = self.tokens[:, :limit] != prompt[:limit].to(self.tokens.device)
         common = self._places[:limit].where(differs, limit).amin(1).minimum(self.past)
         common[torch.from_numpy(~usable)] = 0
+        if not self._divisible:
+            common[common != self.past] = 0
         row = int(common.argmax())
         return row, int(common[row])

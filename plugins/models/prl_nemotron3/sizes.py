@@ -55,7 +55,7 @@ ULTRA = Sizes(
 )
 SUPER = Sizes(
     hidden_size=4096,
-    pattern="ME" * 3 + ("M*E" + "ME" * 3) * 3 + ("M*E" + "ME" * 4) * 3 + "M*E" + "ME" * 3 + "M*E" + "ME" * 4,
+    pattern=("ME" * 3 + "M*E") * 3 + ("ME" * 4 + "M*E") * 4 + "ME" * 3 + "M*E" + "ME" * 4,
     heads=32,
     kv_heads=2,
     head_dim=128,
@@ -70,7 +70,7 @@ SUPER = Sizes(
 )
 NANO = Sizes(
     hidden_size=2688,
-    pattern="ME" * 2 + ("M*E" + "ME" * 2) * 5 + "M*E" + "ME" * 4,
+    pattern=("ME" * 2 + "M*E") * 5 + "ME" * 3 + "M*E" + "ME" * 4,
     heads=32,
     kv_heads=2,
     head_dim=128,

@@ -17,7 +17,6 @@ _PREFIXES = {
     "norm.": "backbone.norm_f.",
     "lm_head.": "lm_head.",
 }
-_BLOCKS = {"M": "mamba", "*": "attention", "E": "moe"}
 
 
 def weight_map(config: NemotronConfig, vocab_size: int) -> ListedWeightMap:
@@ -44,14 +43,16 @@ def _operations(sizes: Sizes) -> list[Operation]:
 
 
 def _hf_config(sizes: Sizes) -> Mapping[str, Any]:
-    """The layers are told twice: as published now, and as earlier runtimes read it."""
+    """The layers are told by the pattern alone, which every release of transformers and vLLM reads.
+
+    transformers 5.17 refuses the pattern beside the published `layers_block_type`, whose names it otherwise translates.
+    """
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.hidden_size,
         "num_hidden_layers": len(sizes.pattern),
-        "layers_block_type": [_BLOCKS[letter] for letter in sizes.pattern],
         "hybrid_override_pattern": sizes.pattern,
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
