@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 import attrs
 
+from prl.checkpoint_dir import FileRecord
 from prl.types import Batch, Group, Manifest, Sample, Sampling, TaskRef
 
 Role: TypeAlias = Literal["environment", "engine", "trainer"]
@@ -130,7 +131,7 @@ class Retire:
 
 @attrs.frozen(kw_only=True)
 class Save:
-    """Write this rank's part of a checkpoint into `path`."""
+    """Copy this rank's state as it is now, and write the copy into the folder `path` while training goes on."""
 
     step: int
     path: str
@@ -138,7 +139,12 @@ class Save:
 
 @attrs.frozen(kw_only=True)
 class Saved:
+    """A rank's part of a checkpoint is on disk. Comes when it does, over a connection of its own."""
+
     step: int
+    rank: int
+    files: Mapping[str, FileRecord]
+    """Path relative to the checkpoint -> what was written."""
 
 
 # --- controller -> any worker -----------------------------------------------------------------------------------------

@@ -98,6 +98,20 @@ class Turn:
 
 
 @attrs.frozen(kw_only=True)
+class ColumnReference:
+    """A column too large for a message: where its bytes rest until it was trained (see `prl.columns`)."""
+
+    file: str
+    """Name in the run's folder of columns."""
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+    checksum: int
+    """zlib.crc32 of the bytes."""
+
+
+@attrs.frozen(kw_only=True)
 class Rollout:
     """One finished conversation with its tokens, exactly as sampled."""
 
@@ -114,6 +128,8 @@ class Rollout:
     reward: float
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     """Scalars of the environment; `accuracy` (0 or 1) is the one evaluation reads."""
+    large: Mapping[str, ColumnReference] = attrs.field(factory=dict)
+    """Columns [L, ...] that travel by reference."""
 
     @property
     def sampled_count(self) -> int:
@@ -181,6 +197,7 @@ class Sample:
     temperature: float
     weights: Mapping[Stream, Float32]  # stream -> [L]; absent = all zero
     ref_logprobs: Float32 | None = None  # [L] for the ref_kl stream
+    large: Mapping[str, ColumnReference] = attrs.field(factory=dict)  # [L, ...] each, by reference
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -199,6 +216,8 @@ class MicroBatch:
     sampled: Bool  # [T]
     weights: Mapping[Stream, Float32]  # stream -> [T], only streams that occur in the batch
     ref_logprobs: Float32 | None = None  # [T]
+    large: Mapping[str, tuple[ColumnReference | None, ...]] = attrs.field(factory=dict)
+    """Name -> a reference for each of the `S` samples, None for a sample without that column."""
 
 
 @attrs.frozen(kw_only=True)

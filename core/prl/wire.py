@@ -85,9 +85,8 @@ def _lower_column(array: NDArray[Any], buffers: list[Frame]) -> msgpack.ExtType:
 # --- decode -----------------------------------------------------------------------------------------------------------
 def decode(frames: Sequence[Any], expected: Sequence[type]) -> Any:
     """Frames (bytes-like) back into one of the `expected` attrs classes; WireError says what is wrong with them."""
-    size = sum(memoryview(frame).nbytes for frame in frames)
-    if size > MAX_MESSAGE_BYTES:
-        raise WireError(f"message of {size} bytes, more than the {MAX_MESSAGE_BYTES} a wire accepts")
+    if (total := size(frames)) > MAX_MESSAGE_BYTES:
+        raise WireError(f"message of {total} bytes, more than the {MAX_MESSAGE_BYTES} a wire accepts")
     classes = {cls.__name__: cls for cls in expected}
     try:
         name, fields = msgpack.unpackb(frames[0], ext_hook=functools.partial(_raise_column, frames))
@@ -95,6 +94,11 @@ def decode(frames: Sequence[Any], expected: Sequence[type]) -> Any:
     except Exception as error:  # a hostile frame can fail anywhere in here, and must harm nobody else
         known = ", ".join(sorted(classes))
         raise WireError(f"malformed message, expected one of {known}: {_reason(error)}") from None
+
+
+def size(frames: Sequence[Any]) -> int:
+    """Bytes of a message."""
+    return sum(memoryview(frame).nbytes for frame in frames)
 
 
 def _reason(error: Exception) -> str:

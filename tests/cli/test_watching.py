@@ -112,11 +112,14 @@ def test_status_shows_progress_metrics_and_processes(
 ) -> None:
     started(run_dir, sleeper.pid, os.getpid())
     metrics = {"reward/mean": 0.53125, "eval/toy/accuracy": 0.25, "queue/x": 3}
-    state(run_dir, status="running", step=12, steps=100, version=14, updated=time.time(), metrics=metrics)
+    engines = ["http://127.0.0.1:8001", "http://127.0.0.1:8002"]
+    progress = {"step": 12, "steps": 100, "version": 14, "updated": time.time()}
+    state(run_dir, status="running", **progress, metrics=metrics, engines=engines)
     assert main(["status", "demo"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["status", "running"] in rows
     assert ["step", "12", "of", "100,", "version", "14"] in rows
+    assert ["engines", "http://127.0.0.1:8001/v1,", "http://127.0.0.1:8002/v1"] in rows
     assert ["reward/mean", "0.5312"] in rows
     assert ["eval/toy/accuracy", "0.25"] in rows
     assert not any("queue/x" in row for row in rows)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import attrs
 import numpy as np
 import prl_bounded_staleness
 import prl_group_relative
+from prl.checkpoint_dir import FileRecord, write_json
 from prl.compose import config
 from prl.compose.config import Run
 from prl.dispatch.controller import Controller
@@ -146,10 +147,14 @@ class FakeTrainer:
     """One rank; the loss it reports is the sum of the tokens it was given. `before_step` may wait, or raise."""
 
     before_step: Callable[[TrainStep], None] = lambda step: None
+    before_saved: Callable[[Save], object] = lambda save: None
+    """Called by a thread that writes its part of a checkpoint."""
     version: int = 0
     steps: list[TrainStep] = attrs.field(factory=list)
     retired: list[int] = attrs.field(factory=list)
     saved: list[Path] = attrs.field(factory=list)
+    savers: list[threading.Thread] = attrs.field(factory=list)
+    connect: Callable[[str], Connection] = attrs.field(init=False)
 
     def serve(self, connection: Connection, index: int, world_size: int) -> None:
         connection.send(
@@ -157,11 +162,28 @@ class FakeTrainer:
         )
         while not isinstance(message := connection.receive(TO_WORKER), Stop):
             try:
-                self._obey(connection, message, publishes=index == 0)
+                self._obey(connection, message, index)
             except RuntimeError as error:
                 connection.send(Failed(error=str(error), fatal=True))
+        for saver in self.savers:
+            saver.join()
 
-    def _obey(self, connection: Connection, message: Any, *, publishes: bool) -> None:
+    def _save(self, order: Save, index: int, version: int) -> None:
+        """Write a part of a checkpoint, a file that holds the version, and tell so over a connection of its own."""
+        name = f"trainer/rank-{index}"
+        path = Path(order.path, name)
+        with closing(self.connect(f"trainer-{index}-checkpoints")) as connection:
+            try:
+                self.before_saved(order)
+            except RuntimeError as error:
+                connection.send(Failed(error=str(error), fatal=True))
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files = {name: write_json(path, version)}
+            connection.send(Saved(step=order.step, rank=index, files=files))
+
+    def _obey(self, connection: Connection, message: Any, index: int) -> None:
+        publishes = index == 0
         match message:
             case TrainStep():
                 self.before_step(message)
@@ -175,8 +197,8 @@ class FakeTrainer:
                 self.retired.append(message.version)
             case Save():
                 self.saved.append(Path(message.path))
-                Path(message.path, f"trainer-{len(self.saved)}").write_text(str(self.version))
-                connection.send(Saved(step=message.step))
+                self.savers.append(threading.Thread(target=self._save, args=(message, index, self.version)))
+                self.savers[-1].start()
 
     def _done(self, order: TrainStep, *, publishes: bool) -> StepDone:
         (micro_batches,) = order.batch.ranks
@@ -302,6 +324,16 @@ class FakeComposition:
     engines: Sequence[FakeEngine]
     tracker: FakeTracker
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {
+            "model": {"type": "toy"},
+            "tokenizer": {"file": "", "characters": self.run.tokenizer.characters},
+            "optimizer": {"type": "toy"},
+            "quantization": {"type": "toy"},
+            "trainer": {"ranks": self.run.trainer.ranks},
+        }
+
     def provider(self, section: Any) -> Provider:
         return RECORDS[type(section)]
 
@@ -399,6 +431,7 @@ class FakeRun:
             jobs = [pool.submit(self._work, "environment", i, e.serve) for i, e in enumerate(self.environments)]
             ranks = len(self.trainers)
             for i, trainer in enumerate(self.trainers):
+                trainer.connect = lambda identity: Connection(self.run_dir, identity, timeout=20.0)
                 jobs.append(pool.submit(self._work, "trainer", i, lambda c, n, t=trainer: t.serve(c, n, ranks)))
             jobs += [pool.submit(self._work, "engine", i, self._engine) for i in range(len(self.engines))]
             yield failures

@@ -12,9 +12,10 @@ import msgpack
 import pytest
 import zmq
 import zmq.asyncio
+from prl.checkpoint_dir import FileRecord
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.errors import InfrastructureError, RunError
-from prl.messages import TO_WORKER, Cancel, Demonstrate, Demonstrations, Failed, Hello, Saved, Stop
+from prl.messages import TO_WORKER, Cancel, Demonstrate, Demonstrations, Failed, Hello, Saved, StepDone, Stop
 from prl.run_dir import RunDir
 from prl.wire import AsyncConnection
 
@@ -23,6 +24,14 @@ ASK = Demonstrate(request=0, tasks=())
 
 def hello(role: str = "environment", index: int = 0) -> Hello:
     return Hello(role=role, index=index, pid=1, host="here")
+
+
+def done(step: int) -> StepDone:
+    return StepDone(step=step, version=step, sums={}, values={}, seconds={})
+
+
+def saved(step: int) -> Saved:
+    return Saved(step=step, rank=0, files={"trainer/rank-0": FileRecord(nbytes=step, checksum=7)})
 
 
 def play(path: Path, scene: Callable[[Hub, RunDir], Awaitable[None]]) -> None:
@@ -112,9 +121,20 @@ def test_cancelling_a_request_tells_the_worker_and_a_late_answer_is_ignored(tmp_
 def test_trainer_reports_wait_in_the_inbox_of_their_rank(tmp_path):
     async def scene(hub: Hub, run_dir: RunDir) -> None:
         async with introduced(hub, run_dir, "trainer") as rank:
-            await rank.send(Saved(step=1))
-            await rank.send(Saved(step=2))
-            assert [await hub.reply(b"trainer-0"), await hub.reply(b"trainer-0")] == [Saved(step=1), Saved(step=2)]
+            for step in (1, 2):
+                await rank.send(saved(step))
+                await rank.send(done(step))
+            assert [await hub.reply(b"trainer-0"), await hub.reply(b"trainer-0")] == [done(1), done(2)]
+            assert [await hub.saved(0), await hub.saved(0)] == [saved(1), saved(2)]
+
+
+def test_a_rank_may_say_that_it_saved_over_another_connection(tmp_path):
+    async def scene(hub: Hub, run_dir: RunDir) -> None:
+        async with introduced(hub, run_dir, "trainer"):
+            writer = AsyncConnection(run_dir, "trainer-0-checkpoints")
+            await writer.send(saved(1))
+            assert await hub.saved(0) == saved(1)
+            writer.close()
 
     play(tmp_path, scene)
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
 
 import pytest
-from prl.errors import CheckpointError
-from prl.messages import TrainStep
+from prl import checkpoint_dir
+from prl.dispatch import checkpoint
+from prl.errors import CheckpointError, RunError
+from prl.messages import Save, TrainStep
 
 from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, toy_run
 
@@ -45,7 +51,13 @@ def test_checkpoints_are_pruned(tmp_path):
     run.go()
     assert sorted(path.name for path in run.run_dir.checkpoints.iterdir()) == ["step-6", "step-7"]
     assert [call["step"] for call in run.hooks.named("prl_checkpoint_saved")] == [2, 4, 6, 7]
-    assert (run.run_dir.checkpoints / "step-7" / "trainer-4").read_text() == "7"
+    assert (run.run_dir.checkpoints / "step-7" / "trainer" / "rank-0").read_text() == "7"
+
+
+def test_checkpoints_of_every_so_many_steps_are_kept(tmp_path):
+    run = FakeRun(tmp_path, toy_run(steps=7, checkpoints={"every": 1, "keep_last": 2, "keep_every": 3}))
+    run.go()
+    assert sorted(path.name for path in run.run_dir.checkpoints.iterdir()) == ["step-3", "step-6", "step-7"]
 
 
 def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path):
@@ -72,47 +84,121 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path):
         )
         second.go()
         assert second.engines[0].committed[0] == stop
-        assert asked(second) == asked(whole)[max(0, stop - 3) * 2 :]
+        finished = [group.group_id for group in checkpoint.read(folder).groups]
+        assert asked(second) == asked(whole)[max(0, stop - 3) * 2 + len(finished) :]
+        assert second.trained() == [row for row in whole.trained() if row["step"] > stop]
         assert demonstrated(second) == demonstrated(whole)[stop:]
         assert second.state["step"] == 9
 
 
-def test_a_resumed_run_loses_no_task_and_trains_none_twice(tmp_path):
-    """Stopped with groups in flight, ready, and in a batch that was formed ahead."""
-    first = FakeRun(tmp_path / "first", toy_run(steps=10, max_staleness=3))
+def test_a_resumed_run_loses_no_task_trains_none_twice_and_generates_no_finished_group_again(tmp_path):
+    """Groups of the batch formed ahead and those ready; the ones in flight are issued again, under their attempt."""
+    first, folder = stopped_with_pending_groups(tmp_path / "first")
+    finished = [group.group_id for group in checkpoint.read(folder).groups]
+    assert len(finished) >= 2
+    second = resumed(tmp_path / "second", folder)
+    second.go()
+    assert sorted(first.trained_groups() + second.trained_groups()) == list(range(20))
+    assert not set(finished) & {request.group_id for request in second.environments[0].asked}
+    assert {request.attempt for request in second.environments[0].asked} == {0}
+    versions = {row["group_id"]: row["versions"] for row in second.trained()}
+    assert all(versions[group_id] <= [4] for group_id in finished)
+
+
+def test_finished_groups_that_are_no_longer_fresh_enough_are_generated_again(tmp_path):
+    first, folder = stopped_with_pending_groups(tmp_path / "first")
+    finished = [g.group_id for g in checkpoint.read(folder).groups if g.oldest_version < 4]
+    assert finished
+    second = resumed(tmp_path / "second", folder, max_staleness=0)
+    second.go()
+    assert sorted(first.trained_groups() + second.trained_groups()) == list(range(20))
+    assert set(finished) <= {request.group_id for request in second.environments[0].asked}
+
+
+def stopped_with_pending_groups(path: Path) -> tuple[FakeRun, Path]:
+    """A run stopped in step 4, once the groups of another batch are finished."""
+    run = FakeRun(path, toy_run(steps=10, max_staleness=3))
 
     def stop_in_step_four(order: TrainStep) -> None:
         if order.batch.step == 4:
-            first.run_dir.stop.touch()
-            first.until(lambda state: state["status"] == "stopping")
+            run.run_dir.stop.touch()
+            run.until(lambda state: state["status"] == "stopping")
 
-    first.trainers = [FakeTrainer(before_step=stop_in_step_four)]
-    first.go()
-    assert (first.state["status"], first.state["step"]) == ("stopped", 4)
-    state = json.loads((first.run_dir.checkpoints / "step-4" / "controller.json").read_text())
-    assert len(state["feed"]["outstanding"]) >= 2
-    second = FakeRun(
-        tmp_path / "second",
-        toy_run(steps=10, max_staleness=3, checkpoints={"resume": str(first.run_dir.checkpoints / "step-4")}),
-        trainers=[FakeTrainer(version=4)],
+    run.trainers = [FakeTrainer(before_step=stop_in_step_four)]
+    run.go()
+    assert (run.state["status"], run.state["step"]) == ("stopped", 4)
+    return run, run.run_dir.checkpoints / "step-4"
+
+
+def resumed(path: Path, folder: Path, *, max_staleness: int = 3) -> FakeRun:
+    run = toy_run(steps=10, max_staleness=max_staleness, checkpoints={"resume": str(folder)})
+    return FakeRun(path, run, trainers=[FakeTrainer(version=checkpoint_dir.step_of(folder))])
+
+
+# --- while training goes on -------------------------------------------------------------------------------------------
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """The rank says that it saved step 2 only once step 4 was trained: the cut is that of step 2 all the same."""
+    trained = threading.Event()
+    trainer = FakeTrainer(
+        before_step=lambda order: trained.set() if order.batch.step == 4 else None,
+        before_saved=lambda save: trained.wait(20) if save.step == 2 else None,
     )
-    second.go()
-    assert sorted(first.trained_groups() + second.trained_groups()) == list(range(20))
+    run = FakeRun(tmp_path, toy_run(steps=5, checkpoints={"every": 2, "keep_last": 0}), trainers=[trainer])
+    run.go()
+    assert trained.is_set()
+    folders = checkpoint_dir.complete(run.run_dir.checkpoints)
+    assert [path.name for path in folders] == ["step-2", "step-4", "step-5"]
+    assert [json.loads((path / "controller.json").read_text())["step"] for path in folders] == [2, 4, 5]
+    with closing(sqlite3.connect(run.run_dir.ledger)) as ledger:
+        chains = dict(ledger.execute("SELECT version, chain FROM versions").fetchall())
+    assert [checkpoint.read(path).chain for path in folders] == [chains[2], chains[4], chains[5]]
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (None, "is no complete checkpoint"),
-        ("{", "is damaged"),
-        ('{"format": 99}', "has format 99, this prl reads 2"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, content, sentence):
-    folder = tmp_path / "step-1"
-    folder.mkdir()
-    if content is not None:
-        (folder / "controller.json").write_text(content)
-    run = FakeRun(tmp_path / "run", toy_run(checkpoints={"resume": str(folder)}))
-    with pytest.raises(CheckpointError, match=sentence):
+def test_a_rank_that_cannot_write_ends_the_run_and_the_last_checkpoint_stays(tmp_path):
+    def full(save: Save) -> None:
+        if save.step == 2:
+            raise RuntimeError("no space left on device")
+
+    run = FakeRun(tmp_path, toy_run(steps=5, checkpoints={"every": 1}), trainers=[FakeTrainer(before_saved=full)])
+    with pytest.raises(RunError, match="no space left on device"):
         run.go()
+    assert "no space left on device" in run.state["error"]
+    assert [path.name for path in checkpoint_dir.complete(run.run_dir.checkpoints)] == ["step-1"]
+
+
+def test_a_controller_that_cannot_write_ends_the_run(tmp_path):
+    def in_the_way(save: Save) -> None:
+        (Path(save.path) / "controller.json").mkdir(parents=True)
+
+    run = FakeRun(tmp_path, toy_run(), trainers=[FakeTrainer(before_saved=in_the_way)])
+    with pytest.raises(RunError, match=r"the checkpoint .*step-3 cannot be written .*Is a directory"):
+        run.go()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def saved(tmp_path):
+    _, folder = stopped_with_pending_groups(tmp_path / "first")
+    return folder
+
+
+def refusal(tmp_path: Path, folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path / "run", folder).go()
+    return str(caught.value)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    assert "step-1 is no complete checkpoint: it has no manifest.json" in refusal(tmp_path, tmp_path / "step-1")
+
+
+@pytest.mark.parametrize("name", checkpoint_dir.CONTROLLER_FILES)
+def test_a_flipped_byte_in_the_controllers_part(tmp_path, saved, name):
+    flip(saved / name)
+    assert f"{name} is damaged: its checksum is" in refusal(tmp_path, saved)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What the tests of model families share: random weights that decide something, transformers beside them, generation."""
+"""What the tests of model families share: random weights, comparison with transformers and with themselves."""
 
 from __future__ import annotations
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from prl import checkpoint_dir
 from prl.train.checkpoint import TrainerState
-from prl.train.export import Exporter
+from prl.train.export import Exporter, HuggingFaceExport
 from prl.train.parallel import Ranks, full, local
 from prl.types import Batch, Manifest
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from tests.train.tiny import (
     GradientRecorder,
     SameNames,
     build_stepper,
+    commit_checkpoint,
     pack_batch,
     random_samples,
 )
@@ -68,6 +71,7 @@ def publish(ranks: Ranks, folder: Path) -> None:
     model = sharded_model(ranks)
     manifest = Exporter(model=model, weight_map=names, number_format=names, sender=sender).publish(3)
     assert (manifest is not None) == (ranks.rank == 0)
+    HuggingFaceExport(model=model, weight_map=names, writes=ranks.rank == 0).write(folder / "huggingface")
 
 
 def resume(ranks: Ranks, folder: Path) -> None:
@@ -76,7 +80,12 @@ def resume(ranks: Ranks, folder: Path) -> None:
     batches = [pack_batch(random_samples(6, seed=s), ranks=ranks.world_size) for s in range(3)]
     for index, batch in enumerate(batches):
         if index == 2:
-            state.save(folder / "checkpoint", step=2, version=2)
+            checkpoint = folder / "checkpoint"
+            state.snapshot(step=2, version=2).write(checkpoint_dir.partial(checkpoint))
+            dist.barrier()
+            if ranks.rank == 0:
+                commit_checkpoint(checkpoint, step=2)
+            dist.barrier()
         train(state.model, state.optimizer, ranks=ranks, batch=batch)
     resumed = trainer_state(ranks, seed=7)
     assert resumed.load(folder / "checkpoint") == 2

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from prl import checkpoint_dir
 from prl.errors import CheckpointError
-from prl.train.checkpoint import TrainerState
+from prl.train.checkpoint import TrainerState, file_names
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.train.tiny import build_model, build_stepper, pack_batch, random_samples
+from tests.train.tiny import build_model, build_stepper, commit_checkpoint, pack_batch, random_samples
 
 
 def trainer(seed: int = 0, optimizer_class=torch.optim.AdamW, **settings) -> TrainerState:
@@ -26,15 +28,21 @@ def train(state: TrainerState, steps: range) -> None:
         build_stepper(state.model, state.optimizer).step(batch, batch.ranks[0], 0.01)
 
 
+def save(state: TrainerState, path: Path) -> None:
+    step = checkpoint_dir.step_of(path)
+    state.snapshot(step=step, version=step).write(checkpoint_dir.partial(path))
+    commit_checkpoint(path, step=step)
+
+
 @pytest.mark.parametrize("settings", [{"fused": True}, {"amsgrad": True, "foreach": False}], ids=["fused", "amsgrad"])
 def test_a_resumed_trainer_continues_bit_for_bit(tmp_path, settings):
     uninterrupted = trainer(**settings)
     train(uninterrupted, range(2))
-    uninterrupted.save(tmp_path, step=2, version=2)
+    save(uninterrupted, tmp_path / "step-2")
     train(uninterrupted, range(2, 4))
 
     resumed = trainer(seed=9, **settings)
-    assert resumed.load(tmp_path) == 2
+    assert resumed.load(tmp_path / "step-2") == 2
     train(resumed, range(2, 4))
 
     expected, seen = uninterrupted.model.state_dict(), resumed.model.state_dict()
@@ -45,21 +53,21 @@ def test_a_resumed_trainer_continues_bit_for_bit(tmp_path, settings):
 
 def test_a_checkpoint_before_the_first_step_restores_the_weights(tmp_path):
     saved, other = trainer(seed=1), trainer(seed=2)
-    saved.save(tmp_path, step=0, version=0)
-    assert other.load(tmp_path) == 0
+    save(saved, tmp_path / "step-0")
+    assert other.load(tmp_path / "step-0") == 0
     assert torch.equal(other.model.output.weight, saved.model.output.weight)
 
 
 def test_the_shards_are_safetensors_under_readable_names(tmp_path):
     state = trainer()
     train(state, range(1))
-    state.save(tmp_path, step=1, version=1)
-    tensors = load_file(tmp_path / "trainer" / "rank-0.safetensors")
+    save(state, path := tmp_path / "step-1")
+    tensors = load_file(path / "trainer" / "rank-0.safetensors")
     assert torch.equal(tensors["model/output.weight"], state.model.output.weight)
     assert torch.equal(tensors["model/scale"], torch.tensor(1.5))
     assert tensors["optimizer/output.weight/exp_avg"].shape == state.model.output.weight.shape
     assert tensors["optimizer/output.weight/step"].item() == 1.0
-    record = json.loads((tmp_path / "trainer" / "rank-0.json").read_text())
+    record = json.loads((path / "trainer" / "rank-0.json").read_text())
     assert (record["step"], record["version"], record["world_size"]) == (1, 1, 1)
 
 
@@ -76,9 +84,9 @@ class CountingOptimizer(torch.optim.SGD):
 def test_optimizer_state_that_is_no_tensor_is_kept(tmp_path):
     state = trainer(optimizer_class=CountingOptimizer)
     train(state, range(3))
-    state.save(tmp_path, step=3, version=3)
+    save(state, tmp_path / "step-3")
     resumed = trainer(optimizer_class=CountingOptimizer)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path / "step-3")
     assert [s["count"] for s in resumed.optimizer.state.values()] == [3] * len(list(state.model.parameters()))
 
 
@@ -87,47 +95,55 @@ def test_optimizer_state_that_is_no_tensor_is_kept(tmp_path):
 def saved(tmp_path):
     state = trainer()
     train(state, range(1))
-    state.save(tmp_path, step=1, version=1)
-    return tmp_path
+    save(state, tmp_path / "step-1")
+    return tmp_path / "step-1"
 
 
 def test_a_missing_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"rank-0\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"step-9 is no complete checkpoint: it has no manifest\.json"):
         trainer().load(tmp_path / "step-9")
 
 
-def test_a_flipped_byte(saved):
-    path = saved / "trainer" / "rank-0.safetensors"
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "rank-0.json"])
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_flipped_byte_anywhere(saved, name, place):
+    path = saved / "trainer" / name
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"tensor optimizer/.* has checksum"):
+    with pytest.raises(CheckpointError, match=rf"trainer/{name} is damaged: its checksum is \w+ where \w+ was written"):
         trainer().load(saved)
 
 
 def test_a_file_cut_short(saved):
     path = saved / "trainer" / "rank-0.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"ends at byte \d+, the file at byte \d+"):
+    with pytest.raises(CheckpointError, match=r"rank-0\.safetensors is damaged: it has \d+ bytes where \d+ were written"):
         trainer().load(saved)
 
 
 def test_a_missing_file(saved):
     (saved / "trainer" / "rank-0.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"rank-0\.safetensors is gone"):
+    with pytest.raises(CheckpointError, match=r"rank-0\.safetensors is missing"):
         trainer().load(saved)
 
 
-def test_a_damaged_record(saved):
-    (saved / "trainer" / "rank-0.json").write_text('{"format": 1')
-    with pytest.raises(CheckpointError, match=r"rank-0\.json is damaged"):
-        trainer().load(saved)
+def test_fewer_ranks(saved):
+    here = trainer()
+    state = TrainerState(model=here.model, optimizer=here.optimizer, rank=1, world_size=2, seed=0)
+    with pytest.raises(CheckpointError, match="has no part for rank 1: it is of fewer ranks"):
+        state.load(saved)
 
 
-def test_a_record_of_something_else(saved):
-    (saved / "trainer" / "rank-0.json").write_text('{"format": 1}')
-    with pytest.raises(CheckpointError, match=r"rank-0\.json is damaged"):
-        trainer().load(saved)
+def test_a_snapshot_does_not_see_the_steps_that_follow(tmp_path):
+    state = trainer(fused=True)
+    train(state, range(1))
+    before, at_once = state.snapshot(step=1, version=1), tmp_path / "at-once"
+    state.snapshot(step=1, version=1).write(at_once)
+    train(state, range(1, 3))
+    before.write(tmp_path / "later")
+    for name in file_names(0):
+        assert (tmp_path / "later" / name).read_bytes() == (at_once / name).read_bytes()
 
 
 def test_another_number_of_ranks(saved):

@@ -64,8 +64,9 @@ def test_sums_of_the_ranks_add_up_and_the_norm_is_global(reports):
     assert [r["grad_norm"] for r in reports] == pytest.approx([report.values["grad_norm"]] * RANKS, rel=1e-5)
 
 
-def test_the_rank_that_publishes_sees_whole_tensors(folder):
-    published, expected = load_file(folder / "published.safetensors"), build_model().state_dict()
+@pytest.mark.parametrize("file", ["published.safetensors", "huggingface/model.safetensors"])
+def test_one_rank_sees_whole_tensors(folder, file):
+    published, expected = load_file(folder / file), build_model().state_dict()
     assert published.keys() == expected.keys()
     assert all(torch.equal(published[name], expected[name]) for name in expected)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from prl.blocks.context import Context
 from prl.errors import RunError
+from prl.train.step import _round_up
 from prl.train.streams import StreamLoss
 from prl.types import Batch, MicroBatch
 
@@ -208,3 +209,17 @@ def test_a_loss_that_asks_for_entropy_is_given_it():
     gradients_of(batch, losses=losses)
     assert seen["entropy"].shape == (len(np.flatnonzero(batch.ranks[0][0].sampled)),)
     assert not seen["entropy"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rounded"), [((70, 80, 75, 83), 312), ((64, 64, 66), 196), ((50, 51), 102), ((50, 50), 100), ((3, 4), 7)]
+)
+def test_few_distinct_lengths_reach_the_kernels(lengths: tuple[int, ...], rounded: int) -> None:
+    """At most one part in 32 is added, and nothing where samples are of one length."""
+    (micro,) = pack_batch(random_samples(len(lengths))).ranks[0]
+    count = sum(lengths)
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    micro = attrs.evolve(micro, tokens=np.arange(1, count + 1, dtype=np.int32), cu_seqlens=bounds)
+    tokens, cu_seqlens = _round_up(micro)
+    assert tokens.tolist() == [*range(1, count + 1), *[0] * (rounded - count)]
+    assert cu_seqlens.tolist() == [*bounds, *[rounded] * (rounded > count)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prl import checkpoint_dir
 from prl.compose.compose import Composition, compose, create_run
 from prl.dispatch.hub import Hub
 from prl.dispatch.trainer import Trainer
@@ -20,7 +21,7 @@ from prl.train import worker
 from prl_disk import DiskConfig
 from prl_disk.files import receive
 
-from tests.train.tiny import SameNames, TinyModel, pack_batch, random_samples
+from tests.train.tiny import SameNames, TinyModel, commit_checkpoint, pack_batch, random_samples
 
 TINY_PLUGIN = """
     import attrs
@@ -85,7 +86,9 @@ def converse(composition: Composition, run_dir: RunDir, orders) -> list[object]:
             replies: list[object] = [hello]
             for order in orders:
                 await hub.send(peer, order)
-                if not isinstance(order, Retire):
+                if isinstance(order, Save):
+                    replies.append(await hub.saved(0))
+                elif not isinstance(order, Retire):
                     replies.append(await hub.reply(peer))
             await hub.send(peer, Stop())
             assert await rank == 0
@@ -136,9 +139,11 @@ def test_the_seed_makes_the_first_weights(launched):
 
 def test_a_resumed_rank_continues_where_the_checkpoint_was(launched, tmp_path):
     checkpoint = tmp_path / "step-1"
-    orders = [train_step(0), Save(step=1, path=str(checkpoint)), train_step(1, publish=True)]
+    orders = [train_step(0), Save(step=1, path=str(checkpoint_dir.partial(checkpoint))), train_step(1, publish=True)]
     _, _, saved, uninterrupted = converse(*launched(), orders)
-    assert saved.step == 1
+    assert (saved.step, saved.rank) == (1, 0)
+    assert saved.files.keys() == {"trainer/rank-0.safetensors", "trainer/rank-0.json"}
+    commit_checkpoint(checkpoint, step=1)
     hello, resumed = converse(*launched(f'checkpoints.resume="{checkpoint}"'), [train_step(1, publish=True)])
     assert hello.version == 1
     assert [t.checksum for t in resumed.manifest.tensors] == [t.checksum for t in uninterrupted.manifest.tensors]
@@ -187,7 +192,8 @@ def reason_of_failure(composition: Composition, run_dir: RunDir, orders=()) -> s
 
 def test_a_checkpoint_of_another_model_is_reported_before_hello(launched, tmp_path):
     checkpoint = tmp_path / "step-0"
-    converse(*launched(), [Save(step=0, path=str(checkpoint))])
+    converse(*launched(), [Save(step=0, path=str(checkpoint_dir.partial(checkpoint)))])
+    commit_checkpoint(checkpoint, step=0)
     composition, run_dir = launched(f'checkpoints.resume="{checkpoint}"', 'tokenizer.characters="abc"')
     assert "is of another model: model/embedding.weight is (24, 12), here (4, 12)" in reason_of_failure(
         composition, run_dir

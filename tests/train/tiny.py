@@ -6,11 +6,15 @@ Tests import it, and so does `rank_program.py`: the same model and batches, in o
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from prl import checkpoint_dir
 from prl.blocks.context import Context
+from prl.checkpoint_dir import CheckpointManifest, FileRecord
 from prl.score.pack import pack
 from prl.train.parallel import full
 from prl.train.step import Stepper
@@ -64,10 +68,15 @@ class TinyModel(nn.Module):
 class SameNames:
     """A weight map and a number format that change nothing."""
 
+    carried = ()
+
     def to_hf(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
     export = to_hf
+
+    def hf_config(self) -> dict[str, str]:
+        return {"model_type": "tiny"}
 
 
 class GradientRecorder(torch.optim.Optimizer):
@@ -145,6 +154,19 @@ def pack_batch(
     samples: Sequence[Sample], *, ranks: int = 1, micro_batch_tokens: int = 1000, step: int = 6, version: int = 5
 ) -> Batch:
     return pack(samples, step=step, version=version, phase="rl", ranks=ranks, micro_batch_tokens=micro_batch_tokens)
+
+
+def commit_checkpoint(path: Path, *, step: int) -> None:
+    """What the controller does once every rank has written its part beside `path`."""
+    folder = checkpoint_dir.partial(path)
+    files = {
+        str(file.relative_to(folder)): FileRecord(nbytes=file.stat().st_size, checksum=zlib.crc32(file.read_bytes()))
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    checkpoint_dir.commit(
+        path, CheckpointManifest(format=checkpoint_dir.FORMAT, step=step, identity={}, files=files)
+    )
 
 
 def gradients_of(batch: Batch, *, model_name: str = "tiny", **changes: object) -> dict[str, Tensor]:

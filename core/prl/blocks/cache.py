@@ -82,9 +82,7 @@ class KeyValueCache(TokenCache):
     def __init__(
         self, *, rows: int, length: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        super().__init__(
-            parts=2, rows=rows, length=length, heads=kv_heads, size=head_dim, dtype=dtype, device=device
-        )
+        super().__init__(parts=2, rows=rows, length=length, heads=kv_heads, size=head_dim, dtype=dtype, device=device)
         self.k, self.v = self.stored.unbind()  # [rows, kv_heads, length, head_dim]
 
     def write(self, k: Tensor, v: Tensor, context: Context) -> None:

@@ -44,7 +44,12 @@ def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
         if name in stored and stored.shape(name) != shape
     ]
     if missing or misshapen:
-        _refuse(folder, missing=missing, misshapen=misshapen, unexpected=_not_carried(stored.keys() - expected.keys(), weight_map))
+        _refuse(
+            folder,
+            missing=missing,
+            misshapen=misshapen,
+            unexpected=_not_carried(stored.keys() - expected.keys(), weight_map),
+        )
     for name, tensor in tensors.items():
         try:
             tensor.copy_(weight_map.from_hf(stored, name))

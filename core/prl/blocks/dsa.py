@@ -3,8 +3,8 @@ sees the best `top_k` of them.
 
 The indexer is not trained in reinforcement learning: its weights are frozen and its choice carries no gradient.
 Selection is deterministic and does not depend on packing: scores are float32, and of equal scores (ReLU makes exact
-zeros) the earliest token wins, where `torch.topk` would let the layout decide. While a sequence has no more than `top_k`
-tokens all of them are seen, so nothing is scored. Layers may share the choice of an earlier layer (IndexShare,
+zeros) the earliest token wins, where `torch.topk` would let the layout decide. While a sequence has no more than
+`top_k` tokens all of them are seen, so nothing is scored. Layers may share the choice of an earlier layer (IndexShare,
 arXiv:2603.12201). Called by `prl.blocks.mla`.
 """
 
@@ -128,9 +128,9 @@ def index_scores(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def select_topk(scores: Tensor, count: int) -> Tensor:
-    """scores [..., K], -inf where a token cannot be seen -> [..., min(count, K)] int64 the best, -1 where there is none.
+    """scores [..., K], -inf where a token cannot be seen -> the best [..., min(count, K)] int64.
 
-    Of equal scores the smallest index comes first.
+    Of equal scores the smallest index comes first; -1 stands where there are no more tokens to see.
     """
     values, indices = scores.sort(dim=-1, descending=True, stable=True)
     return indices[..., :count].masked_fill_(values[..., :count] == float("-inf"), -1)

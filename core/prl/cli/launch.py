@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prl import checkpoint_dir
+from prl.checkpoint_dir import step_of
+from prl.cli.runs import find_run
 from prl.cli.table import columns
+from prl.errors import UserError
 
 if TYPE_CHECKING:
     from prl.compose.compose import Composition
@@ -16,6 +21,13 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("launch", help="start a run and wait for it", description=__doc__)
     add_composition_arguments(parser)
     parser.add_argument(
+        "--from",
+        dest="origin",
+        default="",
+        metavar="RUN[@STEP]",
+        help="start from a checkpoint of another run, by default its newest; steps go on counting from there",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the composition and the processes; start and write nothing"
     )
     parser.set_defaults(run=run)
@@ -24,6 +36,11 @@ def register(subparsers: Any) -> None:
 def add_composition_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and the two ways to edit it from the command line."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    add_edit_arguments(parser)
+
+
+def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--plugins` and `--set`."""
     parser.add_argument("--plugins", default="", metavar="X,no:Y", help="add plugin X to the config's list, remove Y")
     parser.add_argument(
         "--set",
@@ -36,9 +53,12 @@ def add_composition_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from prl.compose.compose import compose, create_run
+    from prl.compose.origin import check_launch
     from prl.compose.plan import plan
 
-    composition = compose(arguments.config, plugins=arguments.plugins, overrides=arguments.set)
+    start = [f"checkpoints.resume={json.dumps(str(_checkpoint(arguments.origin)))}"] if arguments.origin else []
+    composition = compose(arguments.config, plugins=arguments.plugins, overrides=[*arguments.set, *start])
+    check_launch(composition)
     if arguments.dry_run:
         print(_dry_run(composition, arguments.config))
         return 0
@@ -47,6 +67,21 @@ def run(arguments: argparse.Namespace) -> int:
     launcher = composition.build(composition.run.launcher, run_dir.path)
     code: int = launcher.launch(plan(composition, run_dir))
     return code
+
+
+def _checkpoint(origin: str) -> Path:
+    """The checkpoint that RUN[@STEP] names."""
+    name, at, step = origin.rpartition("@")
+    if not (at and step.isdigit()):
+        name, step = origin, ""
+    run_dir = find_run(name)
+    complete = {step_of(path): path for path in checkpoint_dir.complete(run_dir.checkpoints)}
+    if not complete:
+        raise UserError(f"--from {origin}: {run_dir.path} has no complete checkpoint")
+    chosen = int(step) if step else max(complete)
+    if chosen not in complete:
+        raise UserError(f"--from {origin}: {run_dir.path} has checkpoints of steps {', '.join(map(str, complete))}")
+    return complete[chosen]
 
 
 def _dry_run(composition: Composition, source: Path) -> str:

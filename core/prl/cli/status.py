@@ -11,6 +11,7 @@ from typing import Any
 
 from prl.cli.runs import FINAL, add_run_argument, alive, find_run, is_over, state_of
 from prl.cli.table import columns
+from prl.ledger.read import last_failure
 from prl.run_dir import RunDir, read_json
 
 SHOWN = ("reward/mean", "accuracy/mean", "staleness/mean", "mismatch/k3", "tokens/per_second", "progress/seconds_left")
@@ -52,8 +53,14 @@ def _progress(state: Mapping[str, Any], run_dir: RunDir) -> list[list[str]]:
         rows.append(["step", f"{state['step']} of {state.get('steps', '?')}, version {state.get('version', 0)}"])
     if state.get("updated"):
         rows.append(["updated", f"{max(0, round(time.time() - state['updated']))} s ago"])
+    if state.get("engines") and not is_over(run_dir):
+        rows.append(["engines", ", ".join(f"{url}/v1" for url in state["engines"])])
+        rows.append(["", f"OpenAI's API; the key is in {run_dir.path / 'token'}"])
     if state.get("error"):
         rows.append(["error", str(state["error"])])
+    failure = last_failure(run_dir.ledger)
+    if failure:
+        rows.append(["last failure", failure])
     return rows
 
 

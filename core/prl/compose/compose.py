@@ -26,7 +26,7 @@ from prl.compose.plugins import Failure, Hooks, Plugin
 from prl.compose.registry import Registry, build
 from prl.errors import ConfigError, PluginError, Problem, UserError
 from prl.providers import Provider, Ref
-from prl.run_dir import RunDir
+from prl.run_dir import RunDir, read_json
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -182,15 +182,19 @@ def _run_name(source: Path) -> str:
     return re.sub(r"-\d{8}-\d{6}$", "", source.resolve().parent.name)
 
 
+def config_table(composition: Composition) -> dict[str, Any]:
+    """What run.toml holds: no `run.dir`, for the directory is where the file lies, and it repeats the run elsewhere."""
+    section = {key: value for key, value in composition.resolved["run"].items() if key != "dir"}
+    return {**composition.resolved, "run": section}
+
+
 def create_run(composition: Composition, source: Path) -> RunDir:
     """Make the run directory with everything a worker needs; UserError when it already holds a run."""
     run_dir = planned_run_dir(composition, source)
-    # Without `dir`: the directory is where the file lies, and the file repeats the run elsewhere.
-    section = {key: value for key, value in composition.resolved["run"].items() if key != "dir"}
     run_dir.path.mkdir(parents=True, exist_ok=True)
     try:
         with run_dir.config.open("x") as file:
-            file.write(toml.dumps({**composition.resolved, "run": section}))
+            file.write(toml.dumps(config_table(composition)))
     except FileExistsError:
         raise UserError(
             f"{run_dir.path} already holds a run; name another directory (--set run.dir=...) or remove it"
@@ -215,4 +219,12 @@ def open_run(run_dir: RunDir) -> Composition:
         run = structure(table, registry, _explain_with(registry, known, failures))
     except StructureError as error:
         raise ConfigError(str(run_dir.config), error.problems) from error
-    return Composition(run=run, registry=registry, hooks=hooks, resolved=table)
+    return Composition(run=_resumed(run, run_dir), registry=registry, hooks=hooks, resolved=table)
+
+
+def _resumed(run: Run, run_dir: RunDir) -> Run:
+    """From the second attempt on, a run starts from a checkpoint of its own, if it has one."""
+    checkpoint = (read_json(run_dir.resume) or {}).get("checkpoint")
+    if not checkpoint:
+        return run
+    return attrs.evolve(run, checkpoints=attrs.evolve(run.checkpoints, resume=str(run_dir.path / checkpoint)))

@@ -181,6 +181,10 @@ class CheckpointSection:
 
     every: int = option(0, help="steps between checkpoints; 0: only at the end", validator=not_negative)
     keep_last: int = option(2, help="older checkpoints are removed; 0 keeps all", validator=not_negative)
+    keep_every: int = option(
+        0, help="checkpoints of every so many steps are never removed; 0: none is spared", validator=not_negative
+    )
+    huggingface: bool = option(True, help="also write the policy as Hugging Face safetensors into the checkpoint")
     resume: str = option("", help="checkpoint folder to start from")
 
 

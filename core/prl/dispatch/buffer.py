@@ -103,8 +103,16 @@ class GroupBuffer:
     def __len__(self) -> int:
         return len(self._groups)
 
+    @property
+    def groups(self) -> list[Group]:
+        return list(self._groups.values())
+
     async def put(self, group: Group) -> None:
         await self._change.until(lambda: len(self._groups) < self._capacity)
+        self.restore(group)
+
+    def restore(self, group: Group) -> None:
+        """Put a group back that was in the buffer of an earlier process; there is room as there was then."""
         self._groups[group.group_id] = group
         self._change.notify()
 

@@ -1,35 +1,41 @@
-"""Checkpoints of a run: the trainer's part from its ranks, the controller's part from here.
+"""Checkpoints of a run: one cut through trainer and controller between two steps, written while training goes on.
 
-    checkpoints/step-N.partial/     while ranks write; never read
-    checkpoints/step-N/             complete: renamed when everything is on disk
+    checkpoints/step-N.partial/     while parts are written; never read
+    checkpoints/step-N/             complete: renamed when everything is on disk (`prl.checkpoint_dir`)
         controller.json             step, feeds (with every task that was issued and not yet trained), scheduler,
                                     chain: the hash of the version (`prl.ledger.chain`)
+        pending.groups              groups that are finished, and not trained yet: ready, or in a batch formed ahead
 
-A checkpoint is taken between two steps, so its parts belong together. Groups in flight or ready are not stored: their
-tasks are, and a resumed run issues them again, so that none is lost and none is trained twice.
+    training loop ── begin: the cut ──► ranks copy their state, and train on ──► ranks write ──► run: commit, prune
+
+The training loop waits for nothing but the checkpoint before. Groups in flight are not stored: their tasks are, and a
+resumed run issues them again under their id and attempt, so that none is lost and none is trained twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from prl import checkpoint_dir
+from prl.checkpoint_dir import CONTROLLER_FILES, GROUPS, STATE, CheckpointManifest, FileRecord
+from prl.compose.config import CheckpointSection
+from prl.dispatch import pending
+from prl.dispatch.buffer import BoundedQueue
+from prl.dispatch.change import Change
 from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.dispatch.trainer import Trainer
-from prl.errors import CheckpointError
+from prl.errors import RunError
 from prl.ledger import facts
 from prl.ledger.writer import Ledger
 from prl.providers import RolloutScheduler
-
-_FORMAT = 2
-_FILE = "controller.json"
+from prl.types import Group
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -43,7 +49,6 @@ class ControllerState:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
             "step": self.progress.trained,
             "feed": self.feed.state_dict(),
             "demonstrations": self.demonstrations.state_dict(),
@@ -57,63 +62,95 @@ class ControllerState:
         self.scheduler.load_state_dict(state["scheduler"])
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class _Cut:
+    """The controller's part at one moment between two steps."""
+
+    step: int
+    state: dict[str, Any]
+    groups: Sequence[Group]
+
+
 @attrs.define(kw_only=True, eq=False)
 class Checkpoints:
-    """Writes checkpoints into a folder and keeps the newest `keep_last` of them (0: all)."""
+    """Writes checkpoints into a folder, one at a time, and removes old ones. `run` is a loop of the controller."""
 
     folder: Path
-    keep_last: int
+    section: CheckpointSection
+    identity: Mapping[str, Any]
+    """Of the config, as `prl.checkpoint_dir.CheckpointManifest` has it."""
     trainer: Trainer
     state: ControllerState
+    pending: Callable[[], Sequence[Group]]
+    """Finished groups that no step was trained on."""
     ledger: Ledger
     on_saved: Callable[[int, Path], None]
-    newest: int = -1
-    """Step of the newest checkpoint of this run, or of the one it was resumed from."""
+    newest: int
+    """Step of the newest cut of this run, or of the checkpoint it was resumed from."""
+    _cuts: BoundedQueue[_Cut] = attrs.field(init=False, factory=lambda: BoundedQueue("checkpoints", 1))
+    _writing: bool = attrs.field(init=False, default=False)
+    _change: Change = attrs.field(init=False, factory=Change)
 
-    async def save(self) -> None:
-        """The trainer must be between two steps."""
+    async def begin(self) -> None:
+        """Take the cut; the trainer must be between two steps. Waits until the checkpoint before is complete."""
+        await self.settled()
         state = self.state.state_dict()
-        step = state["step"]
-        state["chain"] = await self.ledger.settled()
-        partial, path = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
-        await asyncio.to_thread(_make_empty, partial)
-        await self.trainer.save(step, partial)
-        await asyncio.to_thread(_commit, partial, path, state)
-        await asyncio.to_thread(self._prune)
-        self.newest = step
-        self.ledger.record(facts.Saved(step=step, path=str(path)))
-        self.on_saved(step, path)
+        cut = _Cut(step=state["step"], state=state, groups=tuple(self.pending()))
+        self.newest, self._writing = cut.step, True
+        await self.trainer.save(cut.step, checkpoint_dir.partial(self._path(cut.step)))
+        await self._cuts.put(cut)
 
-    def _prune(self) -> None:
-        if self.keep_last:
-            steps = sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*[0-9]"))
-            for step in steps[: -self.keep_last]:
-                shutil.rmtree(self.folder / f"step-{step}")
+    async def settled(self) -> None:
+        """Wait until no checkpoint is being written."""
+        await self._change.until(lambda: not self._writing)
+
+    async def run(self) -> None:
+        """Until cancelled. RunError when a checkpoint cannot be written: a run that cannot save is not left alone."""
+        while (cut := await self._cuts.get()) is not None:
+            await self._complete(cut)
+            self._writing = False
+            self._change.notify()
+
+    async def _complete(self, cut: _Cut) -> None:
+        path = self._path(cut.step)
+        files = await self.trainer.saved(cut.step)
+        state = {**cut.state, "chain": await self.ledger.chain_of(cut.step)}
+        await asyncio.to_thread(self._commit, path, attrs.evolve(cut, state=state), files)
+        self.ledger.record(facts.Saved(step=cut.step, path=str(path)))
+        self.on_saved(cut.step, path)
+
+    def _commit(self, path: Path, cut: _Cut, files: Mapping[str, FileRecord]) -> None:
+        try:
+            folder = checkpoint_dir.partial(path)
+            own = {
+                STATE: checkpoint_dir.write_json(folder / STATE, cut.state),
+                GROUPS: pending.write(folder / GROUPS, cut.groups),
+            }
+            manifest = CheckpointManifest(
+                format=checkpoint_dir.FORMAT, step=cut.step, identity=self.identity, files={**own, **files}
+            )
+            checkpoint_dir.commit(path, manifest)
+            checkpoint_dir.prune(self.folder, keep_last=self.section.keep_last, keep_every=self.section.keep_every)
+        except OSError as error:
+            sentence = f"the checkpoint {path} cannot be written ({error}); `prl resume` goes on from the last"
+            raise RunError(sentence) from error
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+# --- reading ----------------------------------------------------------------------------------------------------------
+@attrs.frozen(kw_only=True, eq=False)
+class Restored:
+    """The controller's part of a checkpoint."""
+
+    state: Mapping[str, Any]
+    chain: str
+    groups: Sequence[Group]
 
 
-def _commit(partial: Path, path: Path, state: Mapping[str, Any]) -> None:
-    (partial / _FILE).write_text(json.dumps(state, indent=1))
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The controller's part of a checkpoint; CheckpointError says what is wrong with it."""
-    try:
-        state: dict[str, Any] = json.loads((path / _FILE).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"checkpoints.resume: {path} is no complete checkpoint (it has no {_FILE}); name a folder step-N"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"checkpoints.resume: {path / _FILE} is damaged: {error}") from None
-    if state.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"checkpoints.resume: {path} has format {state.get('format')!r}, this prl reads {_FORMAT}"
-        )
-    return state
+def read(path: Path) -> Restored:
+    """The controller's part, verified; CheckpointError says what is wrong with it."""
+    checkpoint_dir.verify(path, checkpoint_dir.read_manifest(path), CONTROLLER_FILES)
+    state = json.loads((path / STATE).read_text())
+    return Restored(state=state, chain=state["chain"], groups=pending.read(path / GROUPS))

@@ -20,6 +20,8 @@ Each loop, what it waits for, and who unblocks it:
     trackers    a line                             write
     state       something new, twice a second      write, and every change of status
     engines     a poll, once per step              write; a group that an engine failed
+    checkpoints a cut, then every rank's part      train; trainer ranks
+    sweep       a step                             train
     stop        the stop file                      `prl stop`, the launcher
     ledger      a fact                             every other loop
 
@@ -41,6 +43,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
+from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.dispatch.batches import PreparedBatch
 from prl.dispatch.buffer import BoundedQueue
@@ -121,6 +124,7 @@ class Controller:
 
     async def _live(self, resources: AsyncExitStack) -> None:
         """Every loop, while the phases go by."""
+        resources.callback(ColumnFolder(self._run_dir.columns).clear)
         hub = await resources.enter_async_context(Hub(self._run_dir))
         resources.push_async_callback(_dismiss, hub)
         async with asyncio.TaskGroup() as loops:
@@ -130,7 +134,9 @@ class Controller:
             telling = loops.create_task(self._trackers.run())
             parts = await self._unless_stopped(self._start(hub, resources))
             if parts is not None:
-                background += [loops.create_task(loop) for loop in (parts.publisher.run(), parts.engines.watch())]
+                loops_of_parts = (parts.publisher, parts.checkpoints, parts.sweep)
+                background += [loops.create_task(part.run()) for part in loops_of_parts]
+                background.append(loops.create_task(parts.engines.watch()))
                 await self._phases(parts)
             self._reporter.queue.close()
             await writer
@@ -143,7 +149,7 @@ class Controller:
     async def _end(self, status: str, error: BaseException | None) -> None:
         """The last word, to the state file, the plugins and the trackers."""
         sentence = "terminated by a signal" if isinstance(error, asyncio.CancelledError) else str(error or "")
-        self._state.update(status=status, error=sentence)
+        self._state.update(status=status, error=sentence, engines=[])
         self._state.write()
         self._hooks.call("prl_run_end", info=self._info(), error=error)
         await self._trackers.finish(error)
@@ -176,16 +182,22 @@ class Controller:
 
     async def _phases(self, parts: Parts) -> None:
         """Warm-up, rl, and the evaluations around it; each ends early when the run is asked to stop."""
-        self._state.update(status="running", step=self._progress.trained, version=self._progress.trained)
+        self._state.update(
+            status="running",
+            step=self._progress.trained,
+            version=self._progress.trained,
+            engines=[engine.url for engine in parts.engines.engines],
+        )
         run, training = self._composition.run, self._training(parts)
         await self._train(training, parts.warmup.form)
-        if self._progress.trained == run.warmup.steps:
+        if parts.evaluator.due(self._progress.trained):
             await self._evaluate(parts)
         await self._train(training, parts.former.form, parts.dispatcher.run(), parts.evaluator.run())
         if self._progress.trained > parts.checkpoints.newest:
-            await parts.checkpoints.save()
+            await parts.checkpoints.begin()
         if run.run.steps:
             await self._evaluate(parts)
+        await parts.checkpoints.settled()
 
     async def _train(
         self,
@@ -219,8 +231,8 @@ class Controller:
         )
 
     async def _evaluate(self, parts: Parts) -> None:
-        """With the weights the trainer holds; nothing else goes on meanwhile."""
-        if parts.evaluator.wanted:
+        """With the weights the trainer holds, unless that is done; nothing is trained meanwhile."""
+        if parts.evaluator.wanted and parts.evaluator.newest < self._progress.trained:
             await self._unless_stopped(parts.evaluator.evaluate(self._progress.trained))
 
     # --- stopping -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
@@ -54,6 +54,8 @@ class Dispatcher:
     _dropped: Counter[str] = attrs.field(factory=Counter, init=False)
     _in_flight: dict[int, InFlight] = attrs.field(factory=dict, init=False)
     _cuts: dict[int, Drop] = attrs.field(factory=dict, init=False)
+    _taken: dict[int, Group] = attrs.field(factory=dict, init=False)
+    """Groups of the batches that were formed, until they are trained."""
     _lost_in_a_row: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -153,7 +155,10 @@ class Dispatcher:
     # --- called by the other loops ------------------------------------------------------------------------------------
     async def take(self) -> list[Group]:
         """The groups of the next batch, in the order of their ids, all admissible at the version `progress.formed`."""
-        return await self.buffer.take(self._select, self._admit)
+        groups = await self.buffer.take(self._select, self._admit)
+        still = {group_id: group for group_id, group in self._taken.items() if self.feed.holds(group_id)}
+        self._taken = {**still, **{group.group_id: group for group in groups}}
+        return groups
 
     def _select(self, ready: list[int]) -> Sequence[int]:
         count = self.rollouts.groups_per_step
@@ -167,6 +172,23 @@ class Dispatcher:
         for drop in self.scheduler.on_publish(version, list(self._in_flight.values())):
             self._cuts[drop.group_id] = drop
             self.placement.cut(drop.group_id, drop.reason)
+
+    def pending(self) -> list[Group]:
+        """Finished groups that no step was trained on yet: the ready ones, and those of batches formed ahead.
+
+        Groups with columns in files of the run directory are left out: those files do not outlive the run.
+        """
+        taken = [group for group_id, group in self._taken.items() if self.feed.holds(group_id)]
+        whole = [group for group in (*taken, *self.buffer.groups) if not any(r.large for r in group.rollouts)]
+        return sorted(whole, key=lambda group: group.group_id)
+
+    def restore(self, groups: Iterable[Group]) -> None:
+        """Take up what was `pending` at a checkpoint; what is no longer fresh enough stays with the feed, to be redone."""
+        for group in groups:
+            if self.scheduler.admit(group, self.progress.formed) is None:
+                self.ledger.record(facts.Issued(feed="rl", issue=self.feed.reclaim(group.group_id)))
+                self.ledger.record(facts.Arrived(group=group, admitted=True))
+                self.buffer.restore(group)
 
     def take_dropped(self) -> Counter[str]:
         """Groups dropped since the last call, by reason; `given_up` counts those that had no retry left."""

@@ -63,16 +63,22 @@ class Evaluator:
         self._requests: BoundedQueue[int] = BoundedQueue("evaluations", 1)
         self._busy = False
         self._change = Change()
+        self.newest = -1
+        """Step of the evaluation that began last."""
 
     @property
     def wanted(self) -> bool:
         """Whether the run evaluates at all."""
         return self._run.evaluation.every > 0
 
+    def due(self, step: int) -> bool:
+        """Whether the version that `step` yields is to be evaluated: the first of the rl phase, and every so many."""
+        since, every = step - self._run.warmup.steps, self._run.evaluation.every
+        return every > 0 and since >= 0 and since % every == 0
+
     def request(self, step: int) -> None:
         """Evaluate the version that `step` yields, if that is due and no other evaluation waits already."""
-        every = self._run.evaluation.every
-        if every and (step - self._run.warmup.steps) % every == 0 and not self._requests.offer(step):
+        if self.due(step) and not self._requests.offer(step):
             log.warning("evaluation after step %d is left out: the one before has not begun yet", step)
 
     async def run(self) -> None:
@@ -89,6 +95,7 @@ class Evaluator:
 
     async def evaluate(self, step: int) -> None:
         """Roll out every task with what the engines serve now, and report."""
+        self.newest = step
         results: Results = {}
         numbers = iter(range(len(self._tasks)))
         async with asyncio.TaskGroup() as lanes:

@@ -98,9 +98,24 @@ class Feed:
         for group_id in group_ids:
             del self._outstanding[group_id]
 
+    def reclaim(self, group_id: int) -> Issue:
+        """The issue of a group that waits to be tried again and need not: it is finished already."""
+        issue = self._outstanding[group_id]
+        self._again.remove(issue)
+        return issue
+
+    def holds(self, group_id: int) -> bool:
+        """Whether the group was issued and has not ended."""
+        return group_id in self._outstanding
+
     def outstanding(self, group_id: int) -> Issue:
         """The issue behind a group that has not ended."""
         return self._outstanding[group_id]
+
+    @property
+    def alive(self) -> set[tuple[int, int]]:
+        """(group id, attempt) of every issue that has not ended."""
+        return {(issue.group_id, issue.attempt) for issue in self._outstanding.values()}
 
     @property
     def waiting(self) -> list[int]:

@@ -2,7 +2,7 @@
 
     GroupDone, Demonstrations   answer the request with their number
     Failed                      fails the request with its number; otherwise a trainer's, or a fatal one, ends the run
-    StepDone, Saved             go to the inbox of the trainer rank that sent them
+    StepDone, Saved             go to the inboxes of the trainer rank that sent them, one for each kind
     Hello                       is kept until asked for
 
 A peer must know the run's token (PLAIN authentication). A malformed message is counted, logged with its sender and
@@ -18,7 +18,7 @@ import logging
 import os
 import socket
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import attrs
 import zmq
@@ -34,6 +34,8 @@ from prl.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _INBOX = 4  # a rank answers one message at a time
 
 
@@ -43,9 +45,11 @@ class DisconnectedError(InfrastructureError):
 
 @attrs.define
 class HubStatistics:
-    """Messages since the hub was opened."""
+    """Messages since the hub was opened, and the bytes of what went through its socket."""
 
     received: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
     malformed: int = 0
     unclaimed: int = 0
     """Answers to requests that were given up meanwhile."""
@@ -71,7 +75,8 @@ class Hub:
         self._arrivals = Change()
         self._numbers = itertools.count(1)
         self._requests: dict[int, asyncio.Future[Any]] = {}
-        self._inboxes: dict[bytes, BoundedQueue[StepDone | Saved]] = {}
+        self._inboxes: dict[bytes, BoundedQueue[StepDone]] = {}
+        self._saves: dict[int, BoundedQueue[Saved]] = {}
         self.statistics = HubStatistics()
 
     # --- opening and closing ------------------------------------------------------------------------------------------
@@ -108,10 +113,12 @@ class Hub:
     # --- what the controller says -------------------------------------------------------------------------------------
     async def send(self, peer: bytes, message: Any) -> None:
         """Hand a message to the wire; DisconnectedError when nobody is at the other end."""
+        frames = wire.encode(message)
         try:
-            await self._socket.send_multipart([peer, *wire.encode(message)], copy=False)
+            await self._socket.send_multipart([peer, *frames], copy=False)
         except zmq.ZMQError as error:
             raise DisconnectedError(f"worker {peer.decode(errors='replace')} is not connected ({error})") from error
+        self.statistics.sent_bytes += wire.size(frames)
 
     async def request(self, peer: bytes, message: Any) -> Any:
         """Send a message under a new `request` number and wait for its answer; cancelling tells the worker to stop."""
@@ -133,12 +140,18 @@ class Hub:
         except DisconnectedError as error:
             log.info("request %d needs no cancelling: %s", request, error)
 
-    async def reply(self, peer: bytes) -> StepDone | Saved:
+    async def reply(self, peer: bytes) -> StepDone:
         """The next report of a trainer rank."""
         inbox = self._inboxes[peer]
         report = await inbox.get()
         assert report is not None, "an inbox is never closed"
         return report
+
+    async def saved(self, rank: int) -> Saved:
+        """The next word of a trainer rank that its part of a checkpoint is written."""
+        saved = await self._saves[rank].get()
+        assert saved is not None, "an inbox is never closed"
+        return saved
 
     async def hello(self, role: Role, index: int) -> tuple[bytes, Hello]:
         """The name of a worker's connection and how it introduced itself, once it has."""
@@ -159,10 +172,11 @@ class Hub:
         """Receive for ever; RunError when a worker reports that the run cannot go on."""
         while True:
             frames = await self._socket.recv_multipart(copy=False)
-            peer = frames[0].bytes
+            peer, content = frames[0].bytes, [frame.buffer for frame in frames[1:]]
             self.statistics.received += 1
+            self.statistics.received_bytes += wire.size(content)
             try:
-                message = wire.decode([frame.buffer for frame in frames[1:]], TO_CONTROLLER)
+                message = wire.decode(content, TO_CONTROLLER)
             except wire.WireError as error:
                 self._refuse(peer, str(error))
             else:
@@ -176,13 +190,16 @@ class Hub:
                 self._answer(message.request, message)
             case Failed():
                 self._fail(peer, message)
-            case StepDone() | Saved():
-                self._file(peer, message)
+            case StepDone():
+                self._file(peer, self._inboxes.get(peer), message)
+            case Saved():
+                self._file(peer, self._saves.get(message.rank), message)
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
         self._peers[hello.role, hello.index] = (peer, hello)
         if hello.role == "trainer":
             self._inboxes.setdefault(peer, BoundedQueue(f"trainer-{hello.index}", _INBOX))
+            self._saves.setdefault(hello.index, BoundedQueue(f"trainer-{hello.index} saves", _INBOX))
         self._arrivals.notify()
 
     def _answer(self, request: int, message: Any) -> None:
@@ -192,8 +209,7 @@ class Hub:
         else:
             answer.set_result(message)
 
-    def _file(self, peer: bytes, report: StepDone | Saved) -> None:
-        inbox = self._inboxes.get(peer)
+    def _file(self, peer: bytes, inbox: BoundedQueue[T] | None, report: T) -> None:
         if inbox is None or not inbox.offer(report):
             self._refuse(peer, f"unexpected {type(report).__name__}")
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import attrs
 
+from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
+from prl.compose.origin import identity
 from prl.dispatch import checkpoint
 from prl.dispatch.batches import BatchFormer
-from prl.dispatch.checkpoint import Checkpoints, ControllerState
+from prl.dispatch.checkpoint import Checkpoints, ControllerState, Restored
 from prl.dispatch.dispatcher import Dispatcher
 from prl.dispatch.engines import Engine, EnginePool
 from prl.dispatch.environments import EnvironmentPool, Place, RemoteRunner
@@ -27,6 +29,7 @@ from prl.dispatch.permutation import mix
 from prl.dispatch.placement import Placement
 from prl.dispatch.progress import Progress
 from prl.dispatch.reporting import Reporter
+from prl.dispatch.sweep import ColumnSweep
 from prl.dispatch.trainer import Trainer
 from prl.dispatch.warmup import WarmupBatches
 from prl.errors import CheckpointError, RunError
@@ -88,6 +91,7 @@ class Parts:
     warmup: WarmupBatches
     evaluator: Evaluator
     checkpoints: Checkpoints
+    sweep: ColumnSweep
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -111,8 +115,11 @@ class Assembly:
         placement = Placement(engines, environments, timeout=run.rollouts.timeout)
         trainer = Trainer(self.hub, [peer for peer, _ in self.workers["trainer"]])
         scheduler = self.composition.build(run.scheduler, run.rollouts.groups_per_step, time.monotonic)
-        state = self._restored_state(progress, scheduler)
+        restored = checkpoint.read(Path(run.checkpoints.resume)) if run.checkpoints.resume else None
+        state = self._state(progress, scheduler, restored)
         dispatcher = self._dispatcher(state, placement, engines)
+        if restored is not None:
+            dispatcher.restore(restored.groups)
         return Parts(
             progress=progress,
             engines=engines,
@@ -134,7 +141,8 @@ class Assembly:
                 ledger=self.ledger,
             ),
             evaluator=self._evaluator(placement),
-            checkpoints=self._checkpoints(trainer, state),
+            checkpoints=self._checkpoints(trainer, state, dispatcher),
+            sweep=ColumnSweep(folder=ColumnFolder(self.run_dir.columns), feed=state.feed, progress=progress),
         )
 
     # --- engines and environments ----------------------------------------------------------------------------------
@@ -188,7 +196,9 @@ class Assembly:
         ]
         return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
 
-    def _restored_state(self, progress: Progress, scheduler: RolloutScheduler) -> ControllerState:
+    def _state(
+        self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None
+    ) -> ControllerState:
         run = self.composition.run
         state = ControllerState(
             progress=progress,
@@ -196,18 +206,15 @@ class Assembly:
             demonstrations=self._feed(1, 0),
             scheduler=scheduler,
         )
-        chain = ""
-        if run.checkpoints.resume:
-            saved = checkpoint.read(Path(run.checkpoints.resume))
-            state.load_state_dict(saved)
-            chain = saved["chain"]
+        if restored is not None:
+            state.load_state_dict(restored.state)
         for peer, hello in self.workers["trainer"]:
             if hello.version != progress.trained:
                 raise CheckpointError(
                     f"{peer.decode()} starts from version {hello.version}, the controller from version "
                     f"{progress.trained}; resume with one checkpoint that is complete"
                 )
-        self.ledger.record(self._continued(state, chain))
+        self.ledger.record(self._continued(state, restored.chain if restored else ""))
         return state
 
     def _continued(self, state: ControllerState, chain: str) -> facts.Continued:
@@ -268,13 +275,15 @@ class Assembly:
             report=report,
         )
 
-    def _checkpoints(self, trainer: Trainer, state: ControllerState) -> Checkpoints:
+    def _checkpoints(self, trainer: Trainer, state: ControllerState, dispatcher: Dispatcher) -> Checkpoints:
         hooks = self.reporter.hooks
         return Checkpoints(
             folder=self.run_dir.checkpoints,
-            keep_last=self.composition.run.checkpoints.keep_last,
+            section=self.composition.run.checkpoints,
+            identity=identity(self.composition),
             trainer=trainer,
             state=state,
+            pending=dispatcher.pending,
             ledger=self.ledger,
             on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
             newest=state.progress.trained,

@@ -87,6 +87,7 @@ class StateFile:
             "step": 0,
             "steps": steps,
             "version": 0,
+            "engines": [],
             "error": "",
             "updated": 0.0,
             "metrics": {},
@@ -94,7 +95,7 @@ class StateFile:
         self.write()
 
     def update(self, **fields: Any) -> None:
-        """Change some of `status`, `step`, `version`, `error`, `metrics`; written soon."""
+        """Change some of `status`, `step`, `version`, `engines` (URLs), `error`, `metrics`; written soon."""
         self._state.update(fields)
         self._dirty = True
         self._change.notify()

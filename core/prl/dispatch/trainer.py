@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from prl.checkpoint_dir import FileRecord
 from prl.dispatch.hub import Hub
 from prl.errors import RunError
 from prl.messages import Publish, Retire, Save, StepDone, TrainStep
@@ -16,7 +17,7 @@ from prl.types import Batch, Manifest
 
 
 class Trainer:
-    """All ranks. Steps, publications and saves are awaited one after the other, never two at a time."""
+    """All ranks. Steps and publications are awaited one after the other; a save is awaited while they go on."""
 
     def __init__(self, hub: Hub, peers: Sequence[bytes]) -> None:
         self._hub = hub
@@ -42,21 +43,21 @@ class Trainer:
         await self._send_all(Retire(version=version))
 
     async def save(self, step: int, path: Path) -> None:
-        """Have every rank write its part of a checkpoint into `path`."""
+        """Have every rank write its part of a checkpoint into `path`, as it is after the orders given before."""
         await self._send_all(Save(step=step, path=str(path)))
-        await self._replies()
+
+    async def saved(self, step: int) -> Mapping[str, FileRecord]:
+        """Wait until every rank's part of that checkpoint is on disk; the files of all of them."""
+        parts = await asyncio.gather(*(self._hub.saved(rank) for rank in range(len(self._peers))))
+        if any(part.step != step for part in parts):
+            raise RunError(f"trainer ranks saved steps {[part.step for part in parts]} where step {step} was asked for")
+        return {name: record for part in parts for name, record in part.files.items()}
 
     async def _send_all(self, message: Any) -> None:
         for peer in self._peers:
             await self._hub.send(peer, message)
 
     async def _reports(self) -> list[StepDone]:
-        replies = await self._replies()
-        if not all(isinstance(reply, StepDone) for reply in replies):
-            raise RunError(f"a trainer rank answered a step with {[type(reply).__name__ for reply in replies]}")
-        return replies
-
-    async def _replies(self) -> list[Any]:
         return await asyncio.gather(*(self._hub.reply(peer) for peer in self._peers))
 
 

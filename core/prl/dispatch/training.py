@@ -1,6 +1,6 @@
 """The trainer's loop: a batch, a step, new weights announced, and the next batch at once.
 
-    batches -> TrainStep -> StepDone -> announce to publication, report, checkpoint, ask for an evaluation
+    batches -> TrainStep -> StepDone -> announce to publication, report, begin a checkpoint, ask for an evaluation
 
 Waits for a batch (from `batches` or `warmup`) and for the trainer, and for nothing else: engines take over the new
 weights while the next step trains. A run that is asked to stop finishes the step it is in.
@@ -70,7 +70,7 @@ class TrainingLoop:
         await self.reporter.queue.put(self._outcome(prepared, reports))
         every = self.run.checkpoints.every
         if every and step % every == 0:
-            await self.checkpoints.save()
+            await self.checkpoints.begin()
         if prepared.batch.phase == "rl" and step < self.progress.steps:
             self.evaluator.request(step)
 

@@ -9,19 +9,21 @@ since they are what it was trained from. The first version of a record has no ba
 chain of the checkpoint it continues from.
 
 What a hash does not cover: the optimizer's state, the code, and the random numbers of the engines (training sees
-their tokens and log-probabilities, which the batch holds). Tensor checksums are crc32: they tell accidents, not forgery.
+their tokens and log-probabilities, which the batch holds). Tensor checksums are crc32: they tell accidents, not
+forgery.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from prl.types import Batch, Manifest, MicroBatch
+from prl.types import Batch, ColumnReference, Manifest, MicroBatch
 
 GENESIS = ""
 
@@ -60,12 +62,16 @@ def batch_digest(batch: Batch) -> str:
 def _add_columns(digest: Hash, micro_batch: MicroBatch) -> None:
     for field in attrs.fields(MicroBatch):
         value = getattr(micro_batch, field.name)
-        columns = sorted(value.items()) if field.name == "weights" else [("", value)]
-        for name, column in columns:
-            if column is not None:
-                _add_column(digest, f"{field.name} {name}", column)
+        for name, column in sorted(value.items()) if isinstance(value, Mapping) else [("", value)]:
+            digest.update(f"{field.name} {name}\n".encode())
+            for part in column if isinstance(column, tuple) else (column,):
+                _add_column(digest, part)
 
 
-def _add_column(digest: Hash, name: str, column: NDArray[Any]) -> None:
-    digest.update(f"{name} {column.dtype.str} {column.shape}\n".encode())
-    digest.update(np.ascontiguousarray(column).data)
+def _add_column(digest: Hash, column: NDArray[Any] | ColumnReference | None) -> None:
+    """A column that travels by reference counts with its checksum; where it rests does not."""
+    if isinstance(column, np.ndarray):
+        digest.update(f"{column.dtype.str} {column.shape}\n".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    elif column is not None:
+        digest.update(f"{column.dtype} {column.shape} {column.checksum}\n".encode())

@@ -22,15 +22,15 @@ from prl.ledger.report import Check, plural, spans
 FEEDS = {"rl": "rl", "warmup": "warm-up"}
 
 _ATTEMPTS = """
-    SELECT i.feed, i.group_id, i.id, i.launch, i.void_by, i.placed_at, i.arrived_at, i.admitted, i.dropped, i.again,
+    SELECT i.group_id, i.id, i.launch, i.void_by, i.placed_at, i.arrived_at, i.admitted, i.dropped, i.again,
            b.step, b.done_at IS NOT NULL AND b.void_by IS NULL AS trained, b.void_by IS NULL AS in_batch
     FROM issues i LEFT JOIN members m ON m.issue = i.id LEFT JOIN batches b ON b.id = m.batch
-    ORDER BY i.feed, i.group_id, i.id
+    WHERE i.feed = ? ORDER BY i.group_id, i.id
 """
 _POSITIONS = """
-    SELECT DISTINCT feed, environment, position, task, group_id FROM issues WHERE void_by IS NULL
-    UNION SELECT feed, environment, position, task, group_id FROM carried WHERE launch = :last
-    ORDER BY feed, environment, position
+    SELECT environment, position, task, group_id FROM issues WHERE feed = :feed AND void_by IS NULL
+    UNION SELECT environment, position, task, group_id FROM carried WHERE feed = :feed AND launch = :launch
+    ORDER BY environment, position
 """
 
 
@@ -42,6 +42,12 @@ class Launch:
     first: int
     """Id of the first group that this launch issued afresh."""
     carried: frozenset[int]
+    reached: int
+    """Id of the newest group that it issued; -1 before the first."""
+
+    def awaits(self, group_id: int) -> bool:
+        """Whether a group without an attempt will be issued yet."""
+        return group_id in self.carried or group_id >= max(self.first, self.reached + 1)
 
 
 @attrs.frozen(kw_only=True)
@@ -59,8 +65,14 @@ def launches(ledger: sqlite3.Connection, feed: str) -> list[Launch]:
     carried: dict[int, set[int]] = {}
     for launch, group_id in ledger.execute("SELECT launch, group_id FROM carried WHERE feed = ?", (feed,)):
         carried.setdefault(launch, set()).add(group_id)
-    rows = ledger.execute("SELECT launch, max(issued) FROM feeds WHERE feed = ? GROUP BY launch", (feed,))
-    return [Launch(number=n, first=first, carried=frozenset(carried.get(n, ()))) for n, first in sorted(map(tuple, rows))]
+    reached = dict(
+        map(tuple, ledger.execute("SELECT launch, max(group_id) FROM issues WHERE feed = ? GROUP BY launch", (feed,)))
+    )
+    first = ledger.execute("SELECT DISTINCT launch, issued FROM feeds WHERE feed = ? ORDER BY launch", (feed,))
+    return [
+        Launch(number=n, first=issued, carried=frozenset(carried.get(n, ())), reached=reached.get(n, -1))
+        for n, issued in first
+    ]
 
 
 def lives(ledger: sqlite3.Connection, feed: str) -> Iterator[Life]:
@@ -68,12 +80,8 @@ def lives(ledger: sqlite3.Connection, feed: str) -> Iterator[Life]:
     known = launches(ledger, feed)
     if not known:
         return
-    attempts = {
-        group_id: list(rows)
-        for group_id, rows in groupby(
-            (row for row in ledger.execute(_ATTEMPTS) if row["feed"] == feed), key=itemgetter("group_id")
-        )
-    }
+    rows = ledger.execute(_ATTEMPTS, (feed,))
+    attempts = {group_id: list(of_it) for group_id, of_it in groupby(rows, key=itemgetter("group_id"))}
     ids = {*attempts, *(group_id for launch in known for group_id in launch.carried)}
     everything = ids | set(range(known[0].first, max(ids, default=-1) + 1))
     for group_id in sorted(everything):
@@ -87,8 +95,7 @@ def _life(group_id: int, attempts: Sequence[sqlite3.Row], known: Sequence[Launch
         return Life(group_id=group_id, end="trained", problem=_twice(group_id, steps, attempts, last))
     live = [row for row in attempts if row["void_by"] is None]
     if not live:
-        waits = group_id in last.carried or group_id >= last.first
-        return Life(group_id=group_id, end="to be issued again") if waits and attempts else _unseen(group_id, last)
+        return _unissued(group_id, last)
     return _untrained(group_id, live[-1], last)
 
 
@@ -96,15 +103,18 @@ def _twice(group_id: int, steps: Sequence[int], attempts: Sequence[sqlite3.Row],
     if len(steps) > 1:
         return f"group {group_id} was trained {len(steps)} times, in steps {spans(steps)}"
     trained = next(row for row in attempts if row["trained"])
-    if group_id in last.carried or any(row["id"] > trained["id"] and row["void_by"] is None for row in attempts):
+    carried = trained["launch"] < last.number and group_id in last.carried
+    if carried or any(row["id"] > trained["id"] and row["void_by"] is None for row in attempts):
         return f"group {group_id} was trained in step {steps[0]} and issued again"
     return ""
 
 
-def _unseen(group_id: int, last: Launch) -> Life:
-    if group_id in last.carried:
+def _unissued(group_id: int, last: Launch) -> Life:
+    """A group without an attempt that counts."""
+    if last.awaits(group_id):
         return Life(group_id=group_id, end="to be issued again")
-    return Life(group_id=group_id, end="lost", problem=f"group {group_id} was passed over: it was never issued")
+    problem = f"group {group_id} was passed over: launch {last.number} neither carried nor issued it"
+    return Life(group_id=group_id, end="lost", problem=problem)
 
 
 def _untrained(group_id: int, newest: sqlite3.Row, last: Launch) -> Life:
@@ -115,7 +125,8 @@ def _untrained(group_id: int, newest: sqlite3.Row, last: Launch) -> Life:
         return Life(group_id=group_id, end=_outstanding(newest))
     if group_id in last.carried:
         return Life(group_id=group_id, end="to be issued again")
-    problem = f"group {group_id} was {_outstanding(newest)} when launch {newest['launch']} ended, and never issued again"
+    then = f"{_outstanding(newest)} when launch {newest['launch']} ended"
+    problem = f"group {group_id} was {then}, and never issued again"
     return Life(group_id=group_id, end="lost", problem=problem)
 
 
@@ -149,7 +160,8 @@ def once(ledger: sqlite3.Connection, feed: str) -> Check:
 def order(ledger: sqlite3.Connection, feed: str) -> Check:
     """Every task of every epoch was issued once."""
     known = launches(ledger, feed)
-    rows = [row for row in ledger.execute(_POSITIONS, {"last": known[-1].number if known else 0}) if row["feed"] == feed]
+    last = known[-1].number if known else 0
+    rows = ledger.execute(_POSITIONS, {"feed": feed, "launch": last}).fetchall()
     sizes = ledger.execute(
         "SELECT environment, tasks, position FROM feeds WHERE feed = ? ORDER BY launch DESC", (feed,)
     ).fetchall()

@@ -94,3 +94,24 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_size, status.st_mtime_ns
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+def run_lengths(versions: str) -> list[tuple[int, int]]:
+    """`"3:120,4:17"` as (version, tokens) pairs."""
+    pairs = (run.split(":") for run in versions.split(",") if run)
+    return [(int(version), int(tokens)) for version, tokens in pairs]
+
+
+# --- one answer -------------------------------------------------------------------------------------------------------
+def last_failure(path: Path) -> str:
+    """The newest failure on record and what was done about it; empty where there is none."""
+    if not exists(path):
+        return ""
+    try:
+        with opened(path) as ledger:
+            schema.check(ledger, path)
+            row = ledger.execute("SELECT who, sentence, done FROM failures ORDER BY rowid DESC LIMIT 1").fetchone()
+    except sqlite3.Error as error:
+        raise RunError(f"cannot read the ledger {path}: {error}") from error
+    return "" if row is None else f"{row[0]}: {row[1]} ({row[2]})"

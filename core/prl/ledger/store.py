@@ -60,10 +60,17 @@ class Store:
         try:
             for at, fact in entries:
                 self._apply(fact, at)
+            self._connection.execute("COMMIT")
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # a full disk, among others, has ended it already
+                self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
+
+    def chain_of(self, version: int) -> str:
+        """Of a version that was made."""
+        query = "SELECT chain FROM versions WHERE version = ? AND void_by IS NULL"
+        chain_of: str = self._connection.execute(query, (version,)).fetchone()[0]
+        return chain_of
 
     def close(self) -> None:
         self._connection.close()

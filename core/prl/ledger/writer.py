@@ -65,6 +65,16 @@ class Ledger:
         assert self._store is not None, "something has been written"
         return self._store.chain
 
+    async def chain_of(self, version: int) -> str:
+        """The chain of a version whose making was told before, once everything told so far is on disk."""
+        await self.settled()
+        return await asyncio.to_thread(self._chain_of, version)
+
+    def _chain_of(self, version: int) -> str:
+        with self._lock:
+            assert self._store is not None, "something has been written"
+            return self._store.chain_of(version)
+
     async def run(self) -> None:
         """Until cancelled; RunError when the ledger cannot be written."""
         while True:

@@ -69,4 +69,5 @@ def _sample(rollout: Rollout, advantages: Float32) -> Sample:
         advantages=advantages,
         temperature=rollout.temperature,
         weights={"rl": rollout.sampled.astype(np.float32)},
+        large=rollout.large,
     )

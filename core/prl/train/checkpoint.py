@@ -3,9 +3,10 @@
     <checkpoint>/trainer/rank-<r>.safetensors    its shards of parameters, buffers and optimizer state
     <checkpoint>/trainer/rank-<r>.json           step, version, ranks, one record with a checksum per tensor
 
-No pickle, no gather: a rank writes and reads only its own shards, so a checkpoint belongs to its number of ranks. The
-records are written last: shards without them are a checkpoint that was cut short. Loading restores every byte, hence a
-resumed run continues bit for bit. Called by `prl.train.worker`; the controller names the folder and commits it.
+No pickle, no gather: a rank writes and reads only its own shards, so a checkpoint belongs to its number of ranks. A
+snapshot is a copy in host memory, so the next step may change the originals while the copy is written. Loading restores
+every byte, hence a resumed run continues bit for bit. Called by `prl.train.worker` and, for writing, `prl.train.saver`;
+the controller names the folder and commits it.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from prl.errors import CheckpointError, InfrastructureError
+from prl import checkpoint_dir
+from prl.checkpoint_dir import FileRecord, RecordedFile, write_json
+from prl.errors import CheckpointError
 from prl.train.parallel import local
 from prl.types import TensorRecord
-from prl.weights.tensors import read_tensors, write_atomically, write_safetensors
-
-FORMAT = 1
+from prl.weights.tensors import read_tensors, write_safetensors
 
 
 @attrs.frozen(kw_only=True)
 class RankRecord:
     """`rank-<r>.json`."""
 
-    format: int
     step: int
     version: int
     seed: int
@@ -49,6 +49,30 @@ class RankRecord:
 
 
 @attrs.frozen(kw_only=True, eq=False)
+class Snapshot:
+    """The state of a rank at one moment, in host memory."""
+
+    rank: int
+    tensors: Mapping[str, Tensor]
+    record: RankRecord
+    """What is known before the tensors are written: all but `tensors`."""
+
+    def write(self, checkpoint: Path) -> dict[str, FileRecord]:
+        """Write this rank's files into `checkpoint`, a folder that nobody reads yet; by their paths in it."""
+        (checkpoint / "trainer").mkdir(parents=True, exist_ok=True)
+        shards, record = file_names(self.rank)
+        with RecordedFile(checkpoint / shards) as file:
+            tensors = write_safetensors(file, self.tensors.items())
+        content = cattrs.unstructure(attrs.evolve(self.record, tensors=tensors))
+        return {shards: file.record, record: write_json(checkpoint / record, content)}
+
+
+def file_names(rank: int) -> tuple[str, str]:
+    """Paths in a checkpoint of a rank's shards and of its record."""
+    return f"trainer/rank-{rank}.safetensors", f"trainer/rank-{rank}.json"
+
+
+@attrs.frozen(kw_only=True, eq=False)
 class TrainerState:
     """The model and the optimizer of a rank, as a checkpoint sees them."""
 
@@ -58,35 +82,34 @@ class TrainerState:
     world_size: int
     seed: int
 
-    def save(self, checkpoint: Path, *, step: int, version: int) -> None:
-        """Write this rank's shards into `checkpoint`, a folder that nobody reads yet."""
-        folder = checkpoint / "trainer"
-        folder.mkdir(parents=True, exist_ok=True)
+    def snapshot(self, *, step: int, version: int) -> Snapshot:
+        """A copy of everything, as it is now."""
         state = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         state |= dict(self._optimizer_items())
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        shards = ((name, local(tensor)) for name, tensor in tensors.items())
         record = RankRecord(
-            format=FORMAT,
             step=step,
             version=version,
             seed=self.seed,
             world_size=self.world_size,
             optimizer=type(self.optimizer).__name__,
-            tensors=write_atomically(self._shards(folder), write_safetensors, shards),
+            tensors=(),
             shapes={name: tuple(t.shape) for name, t in tensors.items()},
             numbers={name: value for name, value in state.items() if name not in tensors},
         )
-        self._record(folder).write_text(json.dumps(cattrs.unstructure(record), indent=1))
+        copies = {name: local(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()}
+        return Snapshot(rank=self.rank, tensors=copies, record=record)
 
     def load(self, checkpoint: Path) -> int:
-        """Restore what `save` wrote; returns the policy version. CheckpointError when it is not this trainer's."""
-        folder = checkpoint / "trainer"
-        record = self._read_record(folder)
-        try:
-            tensors = dict(read_tensors(self._shards(folder), record.tensors, what=f"checkpoint {checkpoint}"))
-        except InfrastructureError as error:
-            raise CheckpointError(str(error)) from None
+        """Restore a snapshot that was written; returns the policy version. CheckpointError when it is not this
+        trainer's, or not what was written."""
+        shards, _ = names = file_names(self.rank)
+        manifest = checkpoint_dir.read_manifest(checkpoint)
+        if manifest.files.keys().isdisjoint(names):
+            raise CheckpointError(f"checkpoint {checkpoint} has no part for rank {self.rank}: it is of fewer ranks")
+        checkpoint_dir.verify(checkpoint, manifest, names)
+        record = self._read_record(checkpoint)
+        tensors = dict(read_tensors(checkpoint / shards, record.tensors, what=f"checkpoint {checkpoint}"))
         self._load_model(tensors, record, checkpoint)
         self._load_optimizer(tensors, record)
         return record.version
@@ -97,27 +120,15 @@ class TrainerState:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 yield f"optimizer/{name}/{key}", value
 
-    def _shards(self, folder: Path) -> Path:
-        return folder / f"rank-{self.rank}.safetensors"
-
-    def _record(self, folder: Path) -> Path:
-        return folder / f"rank-{self.rank}.json"
-
-    def _read_record(self, folder: Path) -> RankRecord:
-        path = self._record(folder)
-        try:
-            record = cattrs.structure(json.loads(path.read_text()), RankRecord)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: no checkpoint, one cut short, or one of fewer ranks") from None
-        except (ValueError, cattrs.BaseValidationError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-        self._check_origin(record, folder.parent)
+    def _read_record(self, checkpoint: Path) -> RankRecord:
+        _, name = file_names(self.rank)
+        record = cattrs.structure(json.loads((checkpoint / name).read_text()), RankRecord)
+        self._check_origin(record, checkpoint)
         return record
 
     def _check_origin(self, record: RankRecord, checkpoint: Path) -> None:
-        """Format, number of ranks and kind of optimizer must be this run's."""
+        """Number of ranks and kind of optimizer must be this run's."""
         for field, seen, expected in (
-            ("format", record.format, FORMAT),
             ("trainer.ranks", record.world_size, self.world_size),
             ("optimizer", record.optimizer, type(self.optimizer).__name__),
         ):

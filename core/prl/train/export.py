@@ -1,16 +1,21 @@
 """A rank's shards become whole tensors under their published names, one at a time.
 
 Every rank walks the model in the same order, because making a sharded tensor whole is a collective; rank 0 hands what
-it sees to the weight transport. Called by `prl.train.worker`.
+it sees to the weight transport, or writes it as a Hugging Face checkpoint. Called by `prl.train.worker`.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import attrs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prl.blocks import checkpoint
+from prl.errors import RunError
 from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.train.parallel import full
 from prl.types import Manifest
@@ -32,8 +37,7 @@ class Exporter:
         """Take part in sending `version`; the manifest on the rank that publishes."""
         if self.sender is not None:
             return self.sender.send(version, self._tensors())
-        for tensor in self.model.state_dict().values():
-            full(tensor)
+        _take_part(self.model)
         return None
 
     def retire(self, version: int) -> None:
@@ -45,9 +49,49 @@ class Exporter:
             self.sender.close()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.model.state_dict().items():
-            for hf_name, hf_tensor in self.weight_map.to_hf(name, full(tensor)):
+        for name, tensor in _whole(self.model):
+            for hf_name, hf_tensor in self.weight_map.to_hf(name, tensor):
                 if name.endswith(self.float32):
                     yield hf_name, hf_tensor
                 else:
                     yield from self.number_format.export(hf_name, hf_tensor)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class HuggingFaceExport:
+    """Writes the policy, in the trainer's precision, as a folder that transformers, vLLM and another run can load."""
+
+    model: nn.Module
+    weight_map: WeightMap
+    writes: bool
+    """True on one rank."""
+    tokenizer: Path | None = None
+    """The tokenizer.json that goes with it."""
+    origin: Path | None = None
+    """The checkpoint the run started from, for the tensors that the weight map carries."""
+
+    def write(self, folder: Path) -> None:
+        """Take part in replacing `folder` by the weights as they are now; RunError when it cannot be written.
+
+        Returns when it is written: a copy to be written later would need room for the whole model on one rank.
+        """
+        if not self.writes:
+            _take_part(self.model)
+            return
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            checkpoint.save(_whole(self.model), self.weight_map, folder, origin=self.origin)
+            if self.tokenizer is not None:
+                shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"the policy cannot be written to {folder}: {error}") from error
+
+
+def _whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, full(tensor)) for name, tensor in model.state_dict().items())
+
+
+def _take_part(model: nn.Module) -> None:
+    """What a rank does while another one sees whole tensors."""
+    for tensor in model.state_dict().values():
+        full(tensor)

@@ -6,11 +6,10 @@ hands torch a socket that is already bound to loopback. Knows nothing of ranks' 
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import MutableMapping
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,

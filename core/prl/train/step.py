@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from prl.errors import RunError
 from prl.train.logprobs import TokenScores, token_scores
 from prl.train.parallel import clip_gradients
 from prl.train.streams import PredictedTokens, StreamLoss, no_tokens, predicted_tokens, stream_losses
-from prl.types import Batch, MicroBatch, Stream
+from prl.types import Batch, Int32, MicroBatch, Stream
 
 
 @attrs.frozen(kw_only=True)
@@ -80,9 +81,10 @@ class Stepper:
         _add_diagnostics(tokens, scores, sums)
 
     def _score(self, micro: MicroBatch, tokens: PredictedTokens) -> TokenScores:
+        packed, cu_seqlens = _round_up(micro)
         with self.device:
-            context = Context.packed(torch.tensor(micro.cu_seqlens, device="cpu"))
-        hidden = self.model.hidden(torch.tensor(micro.tokens, dtype=torch.int64, device=self.device), context)
+            context = Context.packed(torch.tensor(cu_seqlens, device="cpu"))
+        hidden = self.model.hidden(torch.tensor(packed, dtype=torch.int64, device=self.device), context)
         return token_scores(
             hidden.index_select(0, tokens.rows),
             self.model.head(),
@@ -102,6 +104,19 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+
+def _round_up(micro: MicroBatch) -> tuple[Int32, Int32]:
+    """Tokens [T'] and cu_seqlens with a document of padding at the end, so that few distinct lengths T' occur.
+
+    Kernels that are prepared for each shape (oneDNN's primitives, megabytes each; compiled ones) are then prepared
+    once. At most 1/32 is added; samples of equal length repeat their shape as they are.
+    """
+    count = len(micro.tokens)
+    padding = -count % (1 << max(0, count.bit_length() - 6))
+    if padding == 0 or len(set(np.diff(micro.cu_seqlens).tolist())) == 1:
+        return micro.tokens, micro.cu_seqlens
+    return np.pad(micro.tokens, (0, padding)), np.append(micro.cu_seqlens, np.int32(count + padding))
 
 
 @torch.no_grad()

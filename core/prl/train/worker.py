@@ -1,7 +1,7 @@
 """One trainer rank: builds its part of the trainer, then does what the controller says.
 
     controller -> rank      TrainStep, Publish, Retire, Save, Stop
-    rank -> controller      Hello, StepDone, Saved, Failed
+    rank -> controller      Hello, StepDone, Failed; Saved from the thread that writes checkpoints
 
 Every rank receives the same messages in the same order (each with its own micro-batches), so that ranks meet in the
 same collectives. Rank 0 alone writes the weights that engines fetch. Knows nothing of rollouts or rewards; started by
@@ -10,6 +10,7 @@ same collectives. Rank 0 alone writes the weights that engines fetch. Knows noth
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
@@ -23,14 +24,16 @@ from torch import nn
 from prl.blocks import checkpoint
 from prl.blocks.precision import cast
 from prl.compose.compose import Composition
+from prl.compose.config import Run
 from prl.errors import PrlError, RunError
-from prl.messages import Failed, Hello, Publish, Retire, Save, Saved, StepDone, Stop, TrainStep
+from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
 from prl.run_dir import RunDir
 from prl.train.checkpoint import TrainerState
-from prl.train.export import Exporter
+from prl.train.export import Exporter, HuggingFaceExport
 from prl.train.parallel import Ranks
+from prl.train.saver import Saver
 from prl.train.step import Stepper, StepReport
 from prl.train.streams import StreamLoss
 from prl.types import STREAMS, Stream
@@ -66,6 +69,9 @@ class TrainerRank:
     stepper: Stepper
     state: TrainerState
     exporter: Exporter
+    saver: Saver
+    huggingface: HuggingFaceExport | None
+    """None: checkpoints hold what a run continues from, and nothing else."""
     version: int
     """Policy version of the weights it holds."""
     _waited: float = 0.0
@@ -86,6 +92,7 @@ class TrainerRank:
             while self._obey(self._next_order()):
                 pass
         finally:
+            self.saver.close()
             self.exporter.close()
 
     def _next_order(self) -> Any:
@@ -104,8 +111,7 @@ class TrainerRank:
             case Retire():
                 self.exporter.retire(order.version)
             case Save():
-                self.state.save(Path(order.path), step=order.step, version=self.version)
-                self.connection.send(Saved(step=order.step))
+                self._save(order.step, Path(order.path))
         return not isinstance(order, Stop)
 
     def _train(self, order: TrainStep) -> StepReport:
@@ -115,6 +121,11 @@ class TrainerRank:
         report = self.stepper.step(batch, batch.ranks[0], order.learning_rate)
         self.version += 1
         return report
+
+    def _save(self, step: int, path: Path) -> None:
+        if self.huggingface is not None:
+            self.huggingface.write(path / "huggingface")
+        self.saver.start(self.state.snapshot(step=step, version=self.version), path)
 
     def _report(self, report: StepReport, *, step: int, publish: bool) -> None:
         started = time.perf_counter()
@@ -165,6 +176,8 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             float32=_model_provider(composition).float32,
             sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
         ),
+        saver=Saver(functools.partial(Connection, run_dir, f"trainer-{ranks.rank}-checkpoints")),
+        huggingface=_huggingface(run, model, weight_map, ranks) if run.checkpoints.huggingface else None,
         version=version,
     )
 
@@ -193,6 +206,16 @@ def _build_model(
         checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
     ranks.shard(model)
     return model
+
+
+def _huggingface(run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks) -> HuggingFaceExport:
+    return HuggingFaceExport(
+        model=model,
+        weight_map=weight_map,
+        writes=ranks.rank == 0,
+        tokenizer=Path(run.tokenizer.file) if run.tokenizer.file else None,
+        origin=Path(run.trainer.initial_weights) if run.trainer.initial_weights else None,
+    )
 
 
 def _losses(composition: Composition) -> dict[Stream, StreamLoss]:

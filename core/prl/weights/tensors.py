@@ -12,13 +12,23 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from prl.errors import InfrastructureError, RunError
 from prl.types import TensorRecord
+
+
+
+class Output(Protocol):
+    """A file that is being written."""
+
+    def write(self, content: bytes | memoryview, /) -> int: ...
+
+    def tell(self) -> int: ...
+
 
 Writer: TypeAlias = Callable[[BinaryIO, Iterable[tuple[str, Tensor]]], tuple[TensorRecord, ...]]
 """`write_raw` or `write_safetensors`."""
@@ -52,7 +62,7 @@ def write_raw(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[Te
     return records
 
 
-def write_safetensors(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+def write_safetensors(file: Output, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
     """A safetensors file that any reader of the format understands; the tensors are held until all are known."""
     held = sorted(tensors, key=lambda item: -item[1].element_size())  # no gaps allowed, so wide elements go first
     header = _safetensors_header(held)
@@ -106,7 +116,7 @@ def _read(mapped: mmap.mmap | None, size: int, record: TensorRecord, what: str) 
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=record.offset).reshape(record.shape)
 
 
-def _append(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]], *, alignment: int) -> Iterator[TensorRecord]:
+def _append(file: Output, tensors: Iterable[tuple[str, Tensor]], *, alignment: int) -> Iterator[TensorRecord]:
     for name, tensor in tensors:
         file.write(b"\0" * (-file.tell() % alignment))
         offset, content = file.tell(), tensor_bytes(tensor)

@@ -25,7 +25,7 @@ def build(config: GlmConfig, vocab_size: int) -> Decoder:
         norm_eps=sizes.rms_norm_eps,
         tied_embeddings=False,
     )
-    initialise(model)
+    initialise(model, deviation=sizes.deviation)
     return model
 
 
@@ -39,9 +39,7 @@ def _layer(sizes: Sizes, rope: RotaryEmbedding, index: int) -> Layer:
     )
 
 
-def _attention(
-    sizes: Sizes, rope: RotaryEmbedding, indexer: Indexer | SharedIndex
-) -> MultiHeadLatentAttention:
+def _attention(sizes: Sizes, rope: RotaryEmbedding, indexer: Indexer | SharedIndex) -> MultiHeadLatentAttention:
     heads = LatentHeads(
         heads=sizes.heads,
         q_rank=sizes.q_rank,

@@ -41,6 +41,8 @@ class Sizes:
     index_first_period: int = 2
     prediction_layers: int
     """Blocks that predict further tokens, which checkpoints keep after the last layer."""
+    deviation: float = 0.02
+    """Of fresh weights."""
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer chooses for itself."""
@@ -79,17 +81,18 @@ TOY = Sizes(
     heads=4,
     q_rank=64,
     kv_rank=32,
-    nope_dim=24,
-    rope_dim=16,
-    value_dim=40,
+    nope_dim=16,
+    rope_dim=32,
+    value_dim=48,
     experts=8,
     experts_per_token=2,
     shared_experts=1,
-    expert_intermediate_size=48,
+    expert_intermediate_size=40,
     index_heads=16,
-    index_head_dim=32,
+    index_head_dim=40,
     index_top_k=128,
     prediction_layers=0,
+    deviation=0.06,
 )
 
 

@@ -16,9 +16,7 @@ from prl_kimi_k2.sizes import Sizes, resolve
 def build(config: KimiConfig, vocab_size: int) -> Decoder:
     """The model on the current default device, with fresh weights."""
     sizes = resolve(config, vocab_size)
-    yarn = Yarn(
-        factor=sizes.yarn_factor, original_length=sizes.yarn_original_length, beta_fast=sizes.yarn_beta_fast
-    )
+    yarn = Yarn(factor=sizes.yarn_factor, original_length=sizes.yarn_original_length, beta_fast=sizes.yarn_beta_fast)
     rope = RotaryEmbedding(sizes.rope_dim, sizes.rope_theta, interleaved=True, yarn=yarn)
     model = Decoder(
         vocab_size=sizes.vocab_size,
@@ -27,7 +25,7 @@ def build(config: KimiConfig, vocab_size: int) -> Decoder:
         norm_eps=sizes.rms_norm_eps,
         tied_embeddings=False,
     )
-    initialise(model)
+    initialise(model, deviation=sizes.deviation)
     return model
 
 

@@ -35,6 +35,8 @@ class Sizes:
     yarn_factor: float = 64.0
     yarn_original_length: int
     yarn_beta_fast: float = 32.0
+    deviation: float = 0.02
+    """Of fresh weights."""
 
 
 FULL = Sizes(
@@ -69,14 +71,15 @@ TOY = Sizes(
     heads=4,
     q_rank=64,
     kv_rank=32,
-    nope_dim=32,
-    rope_dim=16,
+    nope_dim=16,
+    rope_dim=32,
     value_dim=32,
     experts=8,
     experts_per_token=2,
     shared_experts=1,
     expert_intermediate_size=64,
     yarn_original_length=256,
+    deviation=0.06,
 )
 
 

@@ -40,9 +40,7 @@ def _operations(sizes: Sizes) -> list[Operation]:
             sizes.experts,
             (("experts.{}.gate_proj.weight", expert), ("experts.{}.up_proj.weight", expert)),
         ),
-        ExpertStack(
-            "experts.down_proj", sizes.experts, (("experts.{}.down_proj.weight", sizes.hidden_size),)
-        ),
+        ExpertStack("experts.down_proj", sizes.experts, (("experts.{}.down_proj.weight", sizes.hidden_size),)),
     ]
 
 

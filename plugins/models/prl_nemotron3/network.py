@@ -24,7 +24,7 @@ def build(config: NemotronConfig, vocab_size: int) -> Decoder:
         norm_eps=sizes.norm_eps,
         tied_embeddings=False,
     )
-    initialise(model)
+    initialise(model, deviation=sizes.deviation)
     return model
 
 

@@ -36,6 +36,8 @@ class Sizes:
     norm_eps: float = 1e-5
     prediction_layers: int
     """Blocks that predict further tokens, which checkpoints keep under `mtp.`"""
+    deviation: float = 0.02
+    """Of fresh weights."""
 
 
 ULTRA = Sizes(
@@ -102,6 +104,7 @@ TOY = Sizes(
     latent_size=64,
     routed_scale=5.0,
     prediction_layers=0,
+    deviation=0.06,
 )
 FULL: dict[type[NemotronConfig], Sizes] = {NanoConfig: NANO, SuperConfig: SUPER, UltraConfig: ULTRA}
 _TOY_NANO = attrs.evolve(TOY, latent_size=None, routed_scale=NANO.routed_scale)

@@ -35,9 +35,7 @@ def _operations(sizes: Sizes) -> list[Operation]:
     width = sizes.latent_size or sizes.hidden_size
     return [
         Rows("qkv_proj.weight", (("q_proj.weight", q), ("k_proj.weight", kv), ("v_proj.weight", kv))),
-        ExpertStack(
-            "experts.up_proj", sizes.experts, (("experts.{}.up_proj.weight", sizes.expert_intermediate_size),)
-        ),
+        ExpertStack("experts.up_proj", sizes.experts, (("experts.{}.up_proj.weight", sizes.expert_intermediate_size),)),
         ExpertStack("experts.down_proj", sizes.experts, (("experts.{}.down_proj.weight", width),)),
     ]
 

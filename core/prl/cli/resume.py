@@ -1,0 +1,65 @@
+"""`prl resume [RUN]`: a stopped, failed or killed run goes on in its own directory from its newest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prl.cli.launch import add_edit_arguments
+from prl.cli.runs import FINAL, add_run_argument, alive, find_run, state_of
+from prl.errors import UserError
+from prl.run_dir import RunDir, read_json
+
+ENDING_SECONDS = 5.0
+"""What is left of a run that was killed ends itself within this time."""
+POLL_SECONDS = 0.1
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("resume", help="go on with a run that ended early", description=__doc__)
+    add_run_argument(parser)
+    add_edit_arguments(parser)
+    parser.add_argument(
+        "--relock", action="store_true", help="accept that plugins or libraries changed, and rewrite plugins.lock"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from prl.compose.plan import plan
+    from prl.compose.resume import resume
+
+    run_dir = find_run(arguments.directory)
+    refuse_living(run_dir, patience=ENDING_SECONDS)
+    attempt = resume(run_dir, plugins=arguments.plugins, overrides=arguments.set, relock=arguments.relock)
+    if attempt.relocked:
+        print(f"plugins.lock was rewritten; {attempt.relocked.splitlines()[0]}", flush=True)
+        print("\n".join(attempt.relocked.splitlines()[1:-1]), flush=True)
+    print(f"run directory: {run_dir.path}, attempt {attempt.number} from step {attempt.step}", flush=True)
+    composition = attempt.composition
+    launcher = composition.build(composition.run.launcher, run_dir.path)
+    code: int = launcher.launch(plan(composition, run_dir))
+    return code
+
+
+def refuse_living(run_dir: RunDir, *, patience: float) -> None:
+    """UserError when a process of the run still lives after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while (left := _left(run_dir)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    if left:
+        names = ", ".join(f"{p['role']}-{p['index']} (pid {p['pid']} on {p['host']})" for p in left)
+        elsewhere = any(process["host"] != socket.gethostname() for process in left)
+        known = f"; if those of another host are gone, remove {run_dir.processes}" if elsewhere else ""
+        raise UserError(f"{run_dir.path} is still going: {names}; `prl stop` ends it{known}")
+
+
+def _left(run_dir: RunDir) -> list[Mapping[str, Any]]:
+    """Processes that live, or may: what another host does can only be believed once the run has said its last word."""
+    processes = [p for p in read_json(run_dir.processes) or () if alive(p, run_dir)]
+    if state_of(run_dir)["status"] in FINAL:
+        return [process for process in processes if process["host"] == socket.gethostname()]
+    return processes
