@@ -116,7 +116,7 @@ def commit(path: Path, manifest: CheckpointManifest) -> None:
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int) -> None:
-    """Remove all but the newest `keep_last` (0: none is removed) and those of every `keep_every`th step (0: no such)."""
+    """Remove all but the newest `keep_last` (0: keep all) and those of every `keep_every`th step (0: none)."""
     for path in complete(folder)[:-keep_last] if keep_last else []:
         if not keep_every or step_of(path) % keep_every:
             shutil.rmtree(path)
@@ -148,7 +148,9 @@ def read_manifest(path: Path) -> CheckpointManifest:
     except (ValueError, TypeError, LookupError, cattrs.BaseValidationError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); {_REMEDY}") from None
     if manifest is None:
-        raise CheckpointError(f"checkpoint {path} has format {seen!r}, this prl reads {FORMAT}; use the prl that wrote it")
+        raise CheckpointError(
+            f"checkpoint {path} has format {seen!r}, this prl reads {FORMAT}; use the prl that wrote it"
+        )
     return manifest
 
 

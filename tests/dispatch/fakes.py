@@ -20,7 +20,7 @@ import attrs
 import numpy as np
 import prl_bounded_staleness
 import prl_group_relative
-from prl.checkpoint_dir import FileRecord, write_json
+from prl.checkpoint_dir import write_json
 from prl.compose import config
 from prl.compose.config import Run
 from prl.dispatch.controller import Controller

@@ -32,7 +32,7 @@ def randomise(model: Decoder, seed: int = 0) -> Decoder:
         elif tensor.dim() == 1:
             tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
         else:
-            scale = 0.3 if name.endswith("conv1d.weight") else 0.06
+            scale = 0.3 if name.endswith("conv1d.weight") else 0.05
             tensor.copy_(torch.randn(tensor.shape, generator=draw) * scale)
     return model
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from prl.cli.runs import FINAL, add_run_argument, alive, find_run, is_over, state_of
 from prl.cli.table import columns
-from prl.ledger.read import last_failure
 from prl.run_dir import RunDir, read_json
 
 SHOWN = ("reward/mean", "accuracy/mean", "staleness/mean", "mismatch/k3", "tokens/per_second", "progress/seconds_left")
@@ -58,10 +57,14 @@ def _progress(state: Mapping[str, Any], run_dir: RunDir) -> list[list[str]]:
         rows.append(["", f"OpenAI's API; the key is in {run_dir.path / 'token'}"])
     if state.get("error"):
         rows.append(["error", str(state["error"])])
-    failure = last_failure(run_dir.ledger)
-    if failure:
-        rows.append(["last failure", failure])
+    rows += [["last failure", failure]] if (failure := _last_failure(run_dir)) else []
     return rows
+
+
+def _last_failure(run_dir: RunDir) -> str:
+    from prl.ledger.read import last_failure
+
+    return last_failure(run_dir.ledger)
 
 
 def _metrics(state: Mapping[str, Any]) -> list[list[str]]:

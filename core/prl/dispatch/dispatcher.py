@@ -183,7 +183,7 @@ class Dispatcher:
         return sorted(whole, key=lambda group: group.group_id)
 
     def restore(self, groups: Iterable[Group]) -> None:
-        """Take up what was `pending` at a checkpoint; what is no longer fresh enough stays with the feed, to be redone."""
+        """Take up what was `pending` at a checkpoint; what is not fresh enough stays with the feed, to be redone."""
         for group in groups:
             if self.scheduler.admit(group, self.progress.formed) is None:
                 self.ledger.record(facts.Issued(feed="rl", issue=self.feed.reclaim(group.group_id)))

@@ -41,7 +41,7 @@ class Saver:
             try:
                 files = snapshot.write(checkpoint)
             except Exception as error:  # whatever it is, the controller must not wait for ever
-                sentence = f"the checkpoint {checkpoint} cannot be written ({error}); `prl resume` goes on from the last"
-                connection.send(Failed(error=sentence, fatal=True))
+                sentence = f"the checkpoint {checkpoint} cannot be written ({error})"
+                connection.send(Failed(error=f"{sentence}; `prl resume` goes on from the last", fatal=True))
             else:
                 connection.send(Saved(step=snapshot.record.step, rank=snapshot.rank, files=files))

@@ -21,7 +21,6 @@ from prl.errors import InfrastructureError, RunError
 from prl.types import TensorRecord
 
 
-
 class Output(Protocol):
     """A file that is being written."""
 
