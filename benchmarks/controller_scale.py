@@ -129,7 +129,10 @@ def run_config(case: Case) -> config.Run:
         tokenizer=config.TokenizerSection(characters="ab"),
         environments=(config.EnvironmentConfig(name="toy"),),
         rollouts=config.RolloutSection(
-            groups_per_step=case.groups_per_step, group_size=case.group_size, workers=WORKERS, sequence_length=case.tokens
+            groups_per_step=case.groups_per_step,
+            group_size=case.group_size,
+            workers=WORKERS,
+            sequence_length=case.tokens,
         ),
         scheduler=BoundedStalenessConfig(max_staleness=STALENESS),
         advantage=GrpoConfig(),

@@ -90,9 +90,7 @@ class SyntheticEnvironment:
 
     def _write(self, request: RunGroup, member: int):
         routes = np.zeros((self.tokens, LAYERS, self.large // (self.tokens * LAYERS)), dtype=np.uint8)
-        return self.folder.write(
-            {"routes": routes}, group_id=request.group_id, attempt=request.attempt, member=member
-        )
+        return self.folder.write({"routes": routes}, group_id=request.group_id, attempt=request.attempt, member=member)
 
 
 async def environment(run_dir: RunDir, options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import attrs
@@ -135,7 +136,7 @@ class Rollout:
     def sampled_count(self) -> int:
         return int(self.sampled.sum())
 
-    @property
+    @cached_property
     def oldest_version(self) -> int:
         """Version of the first sampled token; -1 when nothing was sampled."""
         sampled = self.versions[self.sampled]
@@ -170,7 +171,7 @@ class Group:
     rollouts: tuple[Rollout, ...]
     failures: tuple[Failure, ...] = ()
 
-    @property
+    @cached_property
     def oldest_version(self) -> int:
         """Oldest policy version of any sampled token."""
         versions = [r.oldest_version for r in self.rollouts if r.sampled_count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from prl.run_dir import RunDir
 from prl.train import worker
 from prl_disk import DiskConfig
 from prl_disk.files import receive
+from safetensors.torch import load_file
 
 from tests.train.tiny import SameNames, TinyModel, commit_checkpoint, pack_batch, random_samples
 
@@ -50,6 +52,15 @@ SETTINGS = (
     'weights.type="disk"',
     'trainer.device="cpu"',
 )
+
+WORD_LEVEL = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {f"word{i}": i for i in range(23)} | {"<|end|>": 23}, "unk_token": "word0"},
+    }
+)
+"""A tokenizer.json of 24 tokens."""
 
 
 def build_tiny(config, vocab_size: int) -> TinyModel:
@@ -180,6 +191,30 @@ def test_two_ranks_under_the_agent(launched, toy_plugin, monkeypatch):
     assert first.values["grad_norm"] == second.values["grad_norm"] > 0
     assert second.manifest is None
     assert fetched(first.manifest)["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
+
+
+def test_the_policy_of_a_checkpoint_is_what_another_run_starts_from(launched, tmp_path):
+    """In the trainer's precision, whatever engines serve in."""
+    vocabulary = tmp_path / "vocabulary.json"
+    vocabulary.write_text(WORD_LEVEL)
+    wordlist = (f'tokenizer={{file="{vocabulary}"}}',)
+    _, _, _, trained = converse(
+        *launched(*wordlist), [train_step(0), Save(step=1, path=str(tmp_path / "saved")), Publish()]
+    )
+    policy = tmp_path / "saved" / "huggingface"
+    stored = load_file(policy / "model.safetensors")
+    assert stored["output.weight"].dtype == torch.float32
+    assert (policy / "tokenizer.json").read_bytes() == vocabulary.read_bytes()
+
+    _, begun = converse(*launched(*wordlist, "run.seed=9", f'trainer.initial_weights="{policy}"'), [Publish()])
+    assert begun.version == 0
+    assert [t.checksum for t in begun.manifest.tensors] == [t.checksum for t in trained.manifest.tensors]
+    assert torch.equal(fetched(begun.manifest)["output.weight"], stored["output.weight"].bfloat16())
+
+
+def test_a_checkpoint_may_do_without_the_policy_for_others(launched, tmp_path):
+    converse(*launched("checkpoints.huggingface=false"), [Save(step=0, path=str(tmp_path / "saved"))])
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["trainer"]
 
 
 def reason_of_failure(composition: Composition, run_dir: RunDir, orders=()) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,9 @@ class SameNames:
         yield name, tensor
 
     export = to_hf
+
+    def from_hf(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+        return tensors[name]
 
     def hf_config(self) -> dict[str, str]:
         return {"model_type": "tiny"}

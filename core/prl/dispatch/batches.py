@@ -26,7 +26,7 @@ from prl.providers import AdvantageFunction
 from prl.score.credit import Scored, score
 from prl.score.pack import pack
 from prl.train.schedule import learning_rate
-from prl.types import Batch, Sample
+from prl.types import Batch, Group, Sample
 
 _PACKED_IN_PLACE = 1 << 18  # tokens; packing more takes milliseconds, which the event loop should not lose
 
@@ -67,7 +67,7 @@ class BatchFormer:
         version = self.progress.formed
         self.progress.formed += 1
         self.progress.change.notify()
-        scored = tuple(score(group, self.advantage) for group in groups)
+        scored = await self._score(groups)
         batch = await pack_batch([s for group in scored for s in group.samples], self.run, version, phase="rl")
         group_ids = tuple(group.group_id for group in groups)
         self.ledger.record(facts.Formed(feed="rl", batch=batch, group_ids=group_ids, groups=scored))
@@ -79,6 +79,14 @@ class BatchFormer:
             issues=group_ids,
             groups=scored,
         )
+
+    async def _score(self, groups: Sequence[Group]) -> tuple[Scored, ...]:
+        """Group by group: thousands of rollouts take long enough to let other loops run in between."""
+        scored = []
+        for group in groups:
+            scored.append(score(group, self.advantage))
+            await asyncio.sleep(0)
+        return tuple(scored)
 
     def _learning_rate(self, step: int) -> float:
         run = self.run

@@ -37,6 +37,7 @@ phase, and a last evaluation; a stop file ends it after the running step, with a
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -64,6 +65,7 @@ from prl.run_dir import RunDir
 log = logging.getLogger(__name__)
 
 _STOP_POLL_SECONDS = 0.25
+_SWITCH_SECONDS = 0.001  # threads that pack, write or measure hand the interpreter back to the event loop sooner
 
 T = TypeVar("T")
 Batches = BoundedQueue[PreparedBatch]
@@ -72,6 +74,8 @@ Batches = BoundedQueue[PreparedBatch]
 def main(composition: Composition, run_dir: RunDir) -> int:
     """Run to the end; the exit code. A foreseen failure is one sentence on standard error and in state.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.freeze()  # what is imported by now is never collected, and would make every full collection twice as long
     try:
         asyncio.run(Controller(composition, run_dir).run())
     except PrlError as error:
@@ -149,7 +153,8 @@ class Controller:
     async def _end(self, status: str, error: BaseException | None) -> None:
         """The last word, to the state file, the plugins and the trackers."""
         sentence = "terminated by a signal" if isinstance(error, asyncio.CancelledError) else str(error or "")
-        self._state.update(status=status, error=sentence, engines=[])
+        trained = self._progress.trained  # a report may still be on its way when the run fails
+        self._state.update(status=status, error=sentence, step=trained, version=trained, engines=[])
         self._state.write()
         self._hooks.call("prl_run_end", info=self._info(), error=error)
         await self._trackers.finish(error)
@@ -237,7 +242,7 @@ class Controller:
 
     # --- stopping -----------------------------------------------------------------------------------------------------
     async def _watch_stop(self) -> None:
-        while not self._run_dir.stop.exists():
+        while not await asyncio.to_thread(self._run_dir.stop.exists):
             await asyncio.sleep(_STOP_POLL_SECONDS)
         self._stopping.set()
         self._state.update(status="stopping")

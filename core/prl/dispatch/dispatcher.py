@@ -74,6 +74,7 @@ class Dispatcher:
                     group_id=issue.group_id, started_version=self.progress.served, started_at=self.clock()
                 )
                 groups.create_task(self._roll(issue))
+                await asyncio.sleep(0)  # a step's groups may start at once, and must not hold up the other loops
 
     def _capacity(self) -> int:
         if not self.engines.serving:

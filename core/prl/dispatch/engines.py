@@ -126,7 +126,7 @@ class EnginePool:
     def failed(self, engine: Engine, error: InfrastructureError) -> None:
         """It missed an update: it is evicted until publication has caught it up."""
         engine.failures += 1
-        done = f"evicted until it is caught up; {engine.failures} updates missed in a row"
+        done = f"evicted until it is caught up; updates missed in a row: {engine.failures}"
         who = f"engine {engine.index}"
         self._ledger.record(facts.Failed(who=who, where="engine", sentence=str(error), done=done))
         self.evict(engine, str(error))

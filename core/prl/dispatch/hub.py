@@ -181,6 +181,7 @@ class Hub:
                 self._refuse(peer, str(error))
             else:
                 self._deliver(peer, message)
+            await asyncio.sleep(0)  # a message that waits already is received without suspending
 
     def _deliver(self, peer: bytes, message: Any) -> None:
         match message:

@@ -76,8 +76,8 @@ def token_metrics(batch: Batch) -> dict[str, float]:
     }
     if len(staleness):
         metrics |= {"staleness/mean": float(staleness.mean()), "staleness/max": int(staleness.max())}
-        values, counts = np.unique(staleness, return_counts=True)
-        metrics |= {f"staleness/{k}": n / len(staleness) for k, n in zip(values.tolist(), counts.tolist(), strict=True)}
+        counts = np.bincount(staleness).tolist()
+        metrics |= {f"staleness/{k}": n / len(staleness) for k, n in enumerate(counts) if n}
     return metrics
 
 

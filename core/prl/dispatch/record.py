@@ -11,15 +11,15 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any, TextIO
 
 import attrs
+import numpy as np
 
 from prl.dispatch.change import Change
 from prl.run_dir import RunDir
 from prl.score.credit import Scored
-from prl.types import Group, Rollout
+from prl.types import Group, Int32, Rollout
 
 _STATE_SECONDS = 0.5
 
@@ -56,7 +56,7 @@ def rollout_lines(step: int, groups: Sequence[Scored]) -> Iterator[dict[str, Any
 
 def _rollout_line(step: int, group: Group, rollout: Rollout, advantage: float) -> dict[str, Any]:
     """`versions` and `version_tokens` run-length code the versions of the sampled tokens."""
-    runs = [(version, len(list(run))) for version, run in groupby(rollout.versions[rollout.sampled].tolist())]
+    versions, lengths = _runs(rollout.versions[rollout.sampled])
     return {
         "step": step,
         "group_id": group.group_id,
@@ -66,12 +66,18 @@ def _rollout_line(step: int, group: Group, rollout: Rollout, advantage: float) -
         "reward": rollout.reward,
         "metrics": dict(rollout.metrics),
         "advantage": advantage,
-        "versions": [version for version, _ in runs],
-        "version_tokens": [tokens for _, tokens in runs],
+        "versions": versions,
+        "version_tokens": lengths,
         "length": rollout.sampled_count,
         "messages": [dict(message) for message in rollout.messages],
         "stop": [turn.stop.value for turn in rollout.turns],
     }
+
+
+def _runs(values: Int32) -> tuple[list[int], list[int]]:
+    """Each run of equal values in [n]: the value, and how often it stands there."""
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    return values[starts].tolist(), np.diff(starts, append=len(values)).tolist()
 
 
 class StateFile:

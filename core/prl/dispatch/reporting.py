@@ -64,12 +64,13 @@ class Reporter:
             if isinstance(outcome, StepOutcome):
                 await self._step(outcome)
             else:
-                self._tell(outcome.step, {**self._head(outcome.step, "eval"), **outcome.metrics})
+                await self._tell(outcome.step, {**self._head(outcome.step, "eval"), **outcome.metrics})
 
     async def _step(self, outcome: StepOutcome) -> None:
         batch, groups = outcome.prepared.batch, outcome.prepared.groups
-        line = {**self._head(batch.step, batch.phase), **self._metrics(outcome)}
-        self._tell(batch.step, line)
+        measured = await asyncio.to_thread(_measure, outcome)  # milliseconds, for a batch of millions of tokens
+        line = {**self._head(batch.step, batch.phase), **measured, **self._pace_metrics(outcome), **self.gauges()}
+        await self._tell(batch.step, line)
         self.hooks.call("prl_step_end", step=batch.step, version=batch.step, metrics=line)
         if groups:
             self.trackers.groups(batch.step, [scored.group for scored in groups])
@@ -79,27 +80,16 @@ class Reporter:
     def _head(self, step: int, phase: str) -> dict[str, Any]:
         return {"step": step, "version": step, "time": time.time(), "phase": phase}
 
-    def _metrics(self, outcome: StepOutcome) -> dict[str, float]:
-        batch, seconds = outcome.prepared.batch, outcome.seconds
-        tokens = metrics.token_metrics(batch)
-        return {
-            **metrics.trainer_metrics(batch, outcome.reports),
-            **metrics.group_metrics(outcome.prepared.groups),
-            **tokens,
-            "tokens/per_second": tokens["tokens/sampled"] / seconds if seconds > 0 else 0.0,
-            "idle/trainer": metrics.trainer_idle(outcome.reports, seconds),
-            "time/step": seconds,
-            **(self._time_left(batch.step, seconds) if batch.phase == "rl" else {}),
-            **self.gauges(),
-        }
-
-    def _time_left(self, step: int, seconds: float) -> dict[str, float]:
+    def _pace_metrics(self, outcome: StepOutcome) -> dict[str, float]:
         """From the pace of the last rl steps; a warm-up step says nothing about them."""
-        self._pace.append(seconds)
-        return {"progress/seconds_left": (self.progress.steps - step) * sum(self._pace) / len(self._pace)}
+        batch = outcome.prepared.batch
+        if batch.phase != "rl":
+            return {}
+        self._pace.append(outcome.seconds)
+        return {"progress/seconds_left": (self.progress.steps - batch.step) * sum(self._pace) / len(self._pace)}
 
-    def _tell(self, step: int, line: Mapping[str, Any]) -> None:
-        self.record.metrics(line)
+    async def _tell(self, step: int, line: Mapping[str, Any]) -> None:
+        await asyncio.to_thread(self.record.metrics, line)
         if line["phase"] == "eval":
             self._last_evaluation = {name: value for name, value in line.items() if name.startswith("eval/")}
         else:
@@ -110,3 +100,17 @@ class Reporter:
             version=self.progress.trained,
         )
         self.trackers.log(step, line)
+
+
+def _measure(outcome: StepOutcome) -> dict[str, float]:
+    """Everything a step says about itself."""
+    batch, seconds = outcome.prepared.batch, outcome.seconds
+    tokens = metrics.token_metrics(batch)
+    return {
+        **metrics.trainer_metrics(batch, outcome.reports),
+        **metrics.group_metrics(outcome.prepared.groups),
+        **tokens,
+        "tokens/per_second": tokens["tokens/sampled"] / seconds if seconds > 0 else 0.0,
+        "idle/trainer": metrics.trainer_idle(outcome.reports, seconds),
+        "time/step": seconds,
+    }

@@ -7,6 +7,7 @@ through `client:connect`. This module only describes the engine and imports no t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import attrs
 from attrs import validators
@@ -24,6 +25,11 @@ class TorchEngineConfig(EngineConfig):
     threads: int = option(1, help="CPU threads of the model", validator=validators.gt(0))
     prefill_tokens: int = option(
         1024, help="most prompt tokens computed between two decoding steps", validator=validators.gt(0)
+    )
+    batch_invariant: Literal["auto", "on", "off"] = option(
+        "auto",
+        help="tokens do not depend on what else is computed at the same time, to the last bit (dense models in float32 "
+        "on a CPU); auto: at staleness 0",
     )
     retained: int = option(
         32, help="cache rows for prompts being computed and prefixes kept for later turns", validator=validators.gt(0)

@@ -24,8 +24,9 @@ class _Slot:
 class PromptRows:
     """Gives out and takes back the prompt rows."""
 
-    def __init__(self, rows: Rows, *, first: int) -> None:
+    def __init__(self, rows: Rows, *, first: int, reuse: bool) -> None:
         self._rows = rows
+        self._reuse = reuse
         self._slots = {row: _Slot() for row in range(first, rows.count)}
         self._clock = 0
 
@@ -34,7 +35,7 @@ class PromptRows:
 
         None when every row is pinned.
         """
-        donor, common = self._rows.longest_prefix(prompt)
+        donor, common = self._rows.longest_prefix(prompt) if self._reuse else (0, 0)
         row = donor if self._may_take(donor, session, common) else self._oldest()
         if row is None:
             return None
@@ -52,6 +53,8 @@ class PromptRows:
 
     def keep(self, source: int, session: str, length: int) -> None:
         """Keep `length` tokens of a decoding row whose turn ended; the session's older prefix gives way."""
+        if not self._reuse:
+            return
         own = [r for r, slot in self._slots.items() if slot.session == session and not slot.pinned]
         row = own[0] if len(own) == 1 and self._extends(source, own[0], length) else self._oldest()
         if row is not None:

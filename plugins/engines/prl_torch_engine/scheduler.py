@@ -4,6 +4,10 @@
 
 One `step` computes at most `prefill_tokens` of prompts and one token of every decoding sequence. A pure state machine
 of the model's thread: it knows no threads, clocks or sockets. Called by `generation.py`.
+
+Which sequences are computed together is chance: it depends on when requests arrive. With `batch_invariant` it changes
+no bit of what is sampled: products do not depend on the other rows (`prl.blocks.linear`), every prompt is computed by
+itself, and nothing is reused between requests.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from itertools import accumulate
 
 import torch
 from prl.blocks.context import Context
+from prl.blocks.linear import batch_invariant as invariant_rows
 from prl.blocks.linear import linear
 from prl.providers import LanguageModel
 from prl.types import Completion, StopReason, as_tokens
@@ -28,7 +33,14 @@ class Scheduler:
     """Requests in through `add`, results out through `take`."""
 
     def __init__(
-        self, model: LanguageModel, *, sequences: int, retained: int, length: int, prefill_tokens: int
+        self,
+        model: LanguageModel,
+        *,
+        sequences: int,
+        retained: int,
+        length: int,
+        prefill_tokens: int,
+        batch_invariant: bool = False,
     ) -> None:
         head = model.head()
         self._model = model
@@ -39,8 +51,9 @@ class Scheduler:
             device=head.device,
         )
         self.batch = Batch(model, self.rows, capacity=sequences)
-        self._prompts = PromptRows(self.rows, first=sequences)
+        self._prompts = PromptRows(self.rows, first=sequences, reuse=not batch_invariant)
         self._prefill_tokens = prefill_tokens
+        self._invariant = batch_invariant
         self._pending: dict[str, Pending] = {}
         self._waiting: deque[Pending] = deque()
         self._jobs: deque[Job] = deque()
@@ -104,11 +117,12 @@ class Scheduler:
     def step(self) -> None:
         if self._waiting:
             self._start_jobs()
-        if self._jobs:
-            self._prefill()
-        if self.batch:
-            self.generated_tokens += len(self.batch)
-            self._end(self.batch.decode())
+        with invariant_rows(self._invariant):
+            if self._jobs:
+                self._prefill()
+            if self.batch:
+                self.generated_tokens += len(self.batch)
+                self._end(self.batch.decode())
         if self._streaming:
             self._report_progress()
 
@@ -135,14 +149,9 @@ class Scheduler:
 
     def _prefill(self) -> None:
         """Compute the next chunks of prompts, oldest job first, and let the jobs that are complete decode."""
-        chunks: list[tuple[Job, int]] = []
-        budget = self._prefill_tokens
-        for job in self._jobs:
-            chunks.append((job, min(job.remaining, budget)))
-            budget -= chunks[-1][1]
-            if not budget:
-                break
-        hidden = self._compute(chunks)
+        chunks = self._chunks()
+        together = [[chunk] for chunk in chunks] if self._invariant else [chunks]
+        hidden = torch.cat([self._compute(part) for part in together])
         complete: list[tuple[Job, int]] = []
         for (job, count), end in zip(chunks, accumulate(count for _, count in chunks), strict=True):
             job.done += count
@@ -151,6 +160,18 @@ class Scheduler:
                 complete.append((job, end - 1))
         if complete:
             self._begin_decoding(complete, hidden)
+
+    def _chunks(self) -> list[tuple[Job, int]]:
+        """Jobs and how many tokens of each are next. Where chunks must not depend on other jobs, all but a prompt's
+        last are as long as possible."""
+        chunks: list[tuple[Job, int]] = []
+        budget = self._prefill_tokens
+        for job in self._jobs:
+            if not budget or (self._invariant and budget < min(job.remaining, self._prefill_tokens)):
+                break
+            chunks.append((job, min(job.remaining, budget)))
+            budget -= chunks[-1][1]
+        return chunks
 
     def _compute(self, chunks: list[tuple[Job, int]]) -> Tensor:
         """[sum of counts, D] hidden states of the next `count` prompt tokens of each job."""

@@ -32,6 +32,7 @@ from prl_torch_engine.scheduler import Scheduler
 from prl_torch_engine.weights import Weights
 
 if TYPE_CHECKING:
+    from prl.compose.config import Run
     from prl.weights.engines import EngineContext
 
 MAX_BODY_BYTES = 64 << 20
@@ -50,6 +51,7 @@ async def serve(context: EngineContext) -> None:
         retained=config.retained,
         length=config.length or run.rollouts.sequence_length,
         prefill_tokens=config.prefill_tokens,
+        batch_invariant=_batch_invariant(config, run),
     )
     weights = Weights(loaded.module, loaded.weight_map, context.receiver)
     generation = Generation(scheduler)
@@ -62,6 +64,13 @@ async def serve(context: EngineContext) -> None:
                 await asyncio.Event().wait()
         finally:
             generation.stop()
+
+
+def _batch_invariant(config: TorchEngineConfig, run: Run) -> bool:
+    """A scheduler without a field for the bound may leave the bound open."""
+    if config.batch_invariant == "auto":
+        return getattr(run.scheduler, "max_staleness", None) == 0
+    return config.batch_invariant == "on"
 
 
 def application(engine: Engine, loaded: Loaded, token: str) -> web.Application:
