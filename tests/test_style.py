@@ -1,4 +1,4 @@
-"""The style that is checked by machines: ruff everywhere, mypy strict on core, files of one idea, names that say something."""
+"""The style that machines check: ruff everywhere, mypy strict on core, files of one idea, names that say something."""
 
 from __future__ import annotations
 

@@ -34,12 +34,16 @@ from prl.run_dir import RunDir
 Frame: TypeAlias = bytes | memoryview
 
 MAX_MESSAGE_BYTES = 8 << 30
+MAX_FRAME_BYTES = 64 << 20
+"""Of what workers send; a column of 16 million tokens. What is larger travels by reference (`prl.columns`)."""
 USER = "prl"
 """User name of PLAIN authentication; the password is the run's token."""
 
 _DTYPES = tuple(map(np.dtype, ("bool", "uint8", "uint16", "int32", "int64", "float32")))
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}  # extension code of a short vector
 _IN_FRAME = 100  # extension code of a column in a frame of its own
+_MOST_ENTRIES = 1 << 17  # of one list or map: a header of a few bytes may announce more than memory holds
+_EXPLAINED_BYTES = 1 << 20  # of a header; naming everything that is wrong takes longer than reading it
 _INLINE_BYTES = 4096  # below this, one more frame costs more than one more copy
 
 
@@ -89,11 +93,15 @@ def decode(frames: Sequence[Any], expected: Sequence[type]) -> Any:
         raise WireError(f"message of {total} bytes, more than the {MAX_MESSAGE_BYTES} a wire accepts")
     classes = {cls.__name__: cls for cls in expected}
     try:
-        name, fields = msgpack.unpackb(frames[0], ext_hook=functools.partial(_raise_column, frames))
-        return _structure(fields, classes[name])
+        name, fields = _unpack(frames[0], functools.partial(_raise_column, frames))
+        return _structure(fields, classes[name], explain=memoryview(frames[0]).nbytes <= _EXPLAINED_BYTES)
     except Exception as error:  # a hostile frame can fail anywhere in here, and must harm nobody else
         known = ", ".join(sorted(classes))
-        raise WireError(f"malformed message, expected one of {known}: {_reason(error)}") from None
+        raise WireError(f"malformed message, expected one of {known}: {_reason(error):.2000}") from None
+
+
+def _unpack(content: Any, raise_column: Callable[[int, bytes], Any]) -> Any:
+    return msgpack.unpackb(content, ext_hook=raise_column, max_array_len=_MOST_ENTRIES, max_map_len=_MOST_ENTRIES)
 
 
 def size(frames: Sequence[Any]) -> int:
@@ -111,17 +119,29 @@ def _explain(error: BaseException, expected: type | None) -> str:
     return str(error) if isinstance(error, TypeError) else cattrs.v.format_exception(error, expected)
 
 
-def _structure(fields: Any, cls: type) -> Any:
+def _structure(fields: Any, cls: type, *, explain: bool) -> Any:
     try:
         return _converter.structure(fields, cls)
     except Exception:
+        if not explain:
+            raise
         return _explaining_converter.structure(fields, cls)  # slower, and names every field that is wrong
 
 
 def _raise_column(frames: Sequence[Any], code: int, content: bytes) -> NDArray[Any]:
     if code == _IN_FRAME:
-        return _column_in_frame(frames, *msgpack.unpackb(content))
-    return np.frombuffer(content, dtype=_DTYPES[code])
+        return _column_in_frame(frames, *_unpack(content, _refuse_column))
+    return np.frombuffer(content, dtype=_dtype(code))
+
+
+def _refuse_column(code: int, content: bytes) -> Any:
+    raise ValueError(f"extension {code} inside a column")
+
+
+def _dtype(code: int) -> np.dtype[Any]:
+    if not 0 <= code < len(_DTYPES):
+        raise ValueError(f"column of type {code}")
+    return _DTYPES[code]
 
 
 def _column_in_frame(frames: Sequence[Any], index: int, code: int, shape: list[int]) -> NDArray[Any]:
@@ -129,7 +149,7 @@ def _column_in_frame(frames: Sequence[Any], index: int, code: int, shape: list[i
         raise ValueError(f"column in frame {index} of {len(frames)}")
     if not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"column of shape {shape!r}")
-    dtype = _DTYPES[code]
+    dtype = _dtype(code)
     expected, seen = math.prod(shape) * dtype.itemsize, memoryview(frames[index]).nbytes
     if expected != seen:
         raise ValueError(f"column of {seen} bytes where shape {shape} of {dtype} has {expected}")

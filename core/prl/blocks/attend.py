@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from prl.blocks import padding
+from prl.blocks import invariance, padding
 from prl.blocks.cache import KeysAndValues
 from prl.blocks.context import Context
 from prl.blocks.padding import Padding
@@ -90,14 +90,15 @@ def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) 
     mask = None if context.past_min == context.past_max else _visible(context, context.positions[:, None], q.dtype)
     if q.is_cuda or q.dtype is not torch.float32:
         return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
-    return _batched_products(grouped, k, v, mask, scale).view_as(q)
+    queries = invariance.enough_rows(grouped) if invariance.wanted() else grouped
+    return _batched_products(queries, k, v, mask, scale)[:, :, : grouped.shape[2]].flatten(1, 2)
 
 
 def _batched_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """q [S, G, Q, D], k and v [S, G, L, D] -> [S * G, Q, D]; for few queries 20% faster than a CPU's flash kernel."""
+    """q [S, G, Q, D], k and v [S, G, L, D] -> [S, G, Q, D]; for few queries 20% faster than a CPU's flash kernel."""
     bias = q.new_zeros(1, 1, 1) if mask is None else mask.expand(-1, q.shape[1], -1, -1).flatten(0, 1)
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), v.flatten(0, 1))
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view_as(q)
 
 
 def _continued(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:

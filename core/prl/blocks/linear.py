@@ -4,16 +4,10 @@ Called by every block and by whoever computes logits from `LanguageModel.head()`
 MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, in the same torch, uses AVX-512 on all of them.
 Measured with one thread, 5120 x 128 x 512: on a Zen 5 90 and 220 GFLOP/s, on a Xeon 100 and 145. Small products stay
 with MKL, whose calls cost less.
-
-How many rows a product has decides which kernel computes it, so the same row can come out differently in its last bits
-beside other rows. Inside `batch_invariant` it cannot: there the kernel depends on the weight alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
+
+from prl.blocks import invariance
 
 
 def _onednn_available() -> bool:
@@ -44,31 +40,13 @@ _ONEDNN_MIN_PRODUCTS = 2**26 if _intel() else 2**20
 """Multiply-adds from which oneDNN's kernel outweighs its dearer call; measured."""
 
 
-_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
-_FEWEST_ROWS = 4
-"""Both libraries have kernels of their own for fewer rows. From here on, equal rows give equal products (tested)."""
 _TYPICAL_ROWS = 32
 """Stands for the number of rows where that must not choose the kernel."""
 
 
-@contextmanager
-def batch_invariant(wanted: bool = True) -> Iterator[None]:
-    """Inside, in this thread: a row of a float32 product on a CPU depends on no other row, nor on how many there are.
-
-    For serving, where the rows of a batch belong to requests that came together by chance (He et al. 2025, "Defeating
-    Nondeterminism in LLM Inference").
-    """
-    token = _INVARIANT.set(wanted)
-    try:
-        yield
-    finally:
-        _INVARIANT.reset(token)
-
-
 def _one_kernel(x: Tensor, weight: Tensor) -> Tensor:
-    """[T, O] with the kernel that suits the weight."""
-    missing = _FEWEST_ROWS - len(x)
-    rows = functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+    """[T, O] with the kernel that suits the weight, whatever T is."""
+    rows = invariance.enough_rows(x)
     plain = _ONEDNN and x.dtype is torch.float32 and type(weight) in _PLAIN
     if plain and _TYPICAL_ROWS * weight.numel() >= _ONEDNN_MIN_PRODUCTS:
         return _onednn(rows, weight)[: len(x)]
@@ -77,7 +55,7 @@ def _one_kernel(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, I], weight [O, I] -> [T, O] = x @ weight.T, differentiable in both."""
-    if x.device.type == "cpu" and _INVARIANT.get():
+    if invariance.wanted() and x.device.type == "cpu":
         return _one_kernel(x, weight)
     if not (_ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu" and type(weight) in _PLAIN):
         return functional.linear(x, weight)

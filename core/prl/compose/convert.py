@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import attrs
 import cattrs
@@ -97,15 +97,16 @@ class _Structurer:
 
     def _table(self, raw: Any, cls: Any) -> Any:
         table = _expect_table(raw)
-        fields = {f.alias: f for f in attrs.fields(attrs.resolve_types(cls)) if f.init}
+        hints = get_type_hints(cls)
+        fields = {f.alias: f for f in attrs.fields(cls) if f.init}
         values: dict[str, Any] = {}
         problems = [Problem(key, _unknown_key(key, fields)) for key in table if key not in fields]
         for key, field in fields.items():
             if key not in table:
-                problems += self._missing(key, field)
+                problems += self._missing(key, field, hints[field.name])
                 continue
             try:
-                values[key] = self.converter.structure(table[key], field.type)
+                values[key] = self.converter.structure(table[key], hints[field.name])
             except Exception as error:  # whatever a hook or a plugin's class raises belongs to this key
                 problems += _located(key, error)
         required = {key for key, f in fields.items() if f.default is attrs.NOTHING or key in table}
@@ -116,11 +117,10 @@ class _Structurer:
             raise StructureError(problems)
         return instance
 
-    def _missing(self, key: str, field: attrs.Attribute[Any]) -> list[Problem]:
+    def _missing(self, key: str, field: attrs.Attribute[Any], hint: Any) -> list[Problem]:
         if field.default is not attrs.NOTHING:
             return []
         what = field.metadata.get("help", "required")
-        hint: Any = field.type
         element = get_args(hint)[0] if _is_array(hint) else hint
         if element in SECTION_KINDS:
             noun = "missing section" if element is hint else "needs at least one section"

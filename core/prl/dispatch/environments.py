@@ -13,8 +13,9 @@ from typing import Protocol
 import attrs
 
 from prl.dispatch.hub import DisconnectedError, Hub
+from prl.dispatch.verify import verify_group, verify_samples
 from prl.errors import RunError
-from prl.messages import Demonstrate, RunGroup
+from prl.messages import Demonstrate, Demonstrations, GroupDone, RunGroup
 from prl.types import Group, Sample, TaskRef
 
 
@@ -28,19 +29,25 @@ class Runner(Protocol):
 
 @attrs.frozen(eq=False)
 class RemoteRunner:
-    """An environment worker, through the hub. Cancelling a call tells the worker to stop working on it."""
+    """An environment worker, through the hub. Cancelling a call tells the worker to stop working on it.
+
+    An answer that makes no sense is an InfrastructureError, as one that does not come.
+    """
 
     hub: Hub
     peer: bytes
+    newest: Callable[[], int]
+    """Newest policy version there is."""
 
     async def run(self, request: RunGroup) -> Group:
-        group: Group = (await self.hub.request(self.peer, request)).group
-        return group
+        answer: GroupDone = await self.hub.request(self.peer, request)
+        verify_group(answer.group, request, self.newest())
+        return answer.group
 
     async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:
-        answer = await self.hub.request(self.peer, Demonstrate(request=0, tasks=tuple(tasks)))
-        samples: tuple[Sample, ...] = answer.samples
-        return samples
+        answer: Demonstrations = await self.hub.request(self.peer, Demonstrate(request=0, tasks=tuple(tasks)))
+        verify_samples(answer.samples)
+        return answer.samples
 
 
 @attrs.define(kw_only=True, eq=False)

@@ -148,7 +148,7 @@ class Feed:
 
 
 def _check(sources: Sequence[Source], drawn: Sequence[str]) -> None:
-    empty = [source.environment for source in sources if source.weight > 0 and source.size == 0]
+    empty = [source.environment for source in sources if source.weight > 0 and source.size < 1]
     if empty:
         raise UserError(f"environment {empty[0]!r} has no task in its train split; set its weight to 0 to leave it out")
     if not drawn:

@@ -5,9 +5,10 @@
     StepDone, Saved             go to the inboxes of the trainer rank that sent them, one for each kind
     Hello                       is kept until asked for
 
-A peer must know the run's token (PLAIN authentication). A malformed message is counted, logged with its sender and
-answered with nothing: one broken worker harms nobody else. Knows nothing of what the messages mean. Socket queues need
-no bound of their own: what is in flight is bounded by the dispatcher, one step, and one checkpoint.
+A peer must know the run's token (PLAIN authentication). A malformed message, and one that is not its sender's to send,
+is counted, logged with its sender and answered with nothing: one broken worker harms nobody else. Knows nothing of what
+the messages mean. Socket queues need no bound of their own: what is in flight is bounded by the dispatcher, one step,
+and one checkpoint.
 """
 
 from __future__ import annotations
@@ -29,13 +30,26 @@ from prl import wire
 from prl.dispatch.buffer import BoundedQueue
 from prl.dispatch.change import Change
 from prl.errors import InfrastructureError, RunError
-from prl.messages import TO_CONTROLLER, Cancel, Demonstrations, Failed, GroupDone, Hello, Role, Saved, StepDone
+from prl.messages import (
+    TO_CONTROLLER,
+    Cancel,
+    Demonstrate,
+    Demonstrations,
+    Failed,
+    GroupDone,
+    Hello,
+    Role,
+    RunGroup,
+    Saved,
+    StepDone,
+)
 from prl.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ANSWERS: dict[type, type] = {RunGroup: GroupDone, Demonstrate: Demonstrations}
 _INBOX = 4  # a rank answers one message at a time
 
 
@@ -53,6 +67,15 @@ class HubStatistics:
     malformed: int = 0
     unclaimed: int = 0
     """Answers to requests that were given up meanwhile."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Request:
+    """Who was asked, and for what."""
+
+    peer: bytes
+    kind: type
+    answer: asyncio.Future[Any]
 
 
 class Hub:
@@ -74,7 +97,7 @@ class Hub:
         self._peers: dict[tuple[Role, int], tuple[bytes, Hello]] = {}
         self._arrivals = Change()
         self._numbers = itertools.count(1)
-        self._requests: dict[int, asyncio.Future[Any]] = {}
+        self._requests: dict[int, _Request] = {}
         self._inboxes: dict[bytes, BoundedQueue[StepDone]] = {}
         self._saves: dict[int, BoundedQueue[Saved]] = {}
         self.statistics = HubStatistics()
@@ -89,7 +112,7 @@ class Hub:
             (zmq.PLAIN_SERVER, 1),
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.ROUTER_HANDOVER, 1),
-            (zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES),
+            (zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES),
             (zmq.SNDHWM, 0),
             (zmq.RCVHWM, 0),
             (zmq.LINGER, 2000),
@@ -120,11 +143,11 @@ class Hub:
             raise DisconnectedError(f"worker {peer.decode(errors='replace')} is not connected ({error})") from error
         self.statistics.sent_bytes += wire.size(frames)
 
-    async def request(self, peer: bytes, message: Any) -> Any:
+    async def request(self, peer: bytes, message: RunGroup | Demonstrate) -> Any:
         """Send a message under a new `request` number and wait for its answer; cancelling tells the worker to stop."""
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._requests[number] = answer
+        self._requests[number] = _Request(peer=peer, kind=_ANSWERS[type(message)], answer=answer)
         try:
             await self.send(peer, attrs.evolve(message, request=number))
             return await answer
@@ -188,7 +211,7 @@ class Hub:
             case Hello():
                 self._welcome(peer, message)
             case GroupDone() | Demonstrations():
-                self._answer(message.request, message)
+                self._answer(peer, message)
             case Failed():
                 self._fail(peer, message)
             case StepDone():
@@ -197,18 +220,30 @@ class Hub:
                 self._file(peer, self._saves.get(message.rank), message)
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
+        if peer != f"{hello.role}-{hello.index}".encode():
+            self._refuse(peer, f"Hello of {hello.role}-{hello.index}, which is not the name of its connection")
+            return
         self._peers[hello.role, hello.index] = (peer, hello)
         if hello.role == "trainer":
             self._inboxes.setdefault(peer, BoundedQueue(f"trainer-{hello.index}", _INBOX))
             self._saves.setdefault(hello.index, BoundedQueue(f"trainer-{hello.index} saves", _INBOX))
         self._arrivals.notify()
 
-    def _answer(self, request: int, message: Any) -> None:
-        answer = self._requests.get(request)
-        if answer is None or answer.done():
+    def _answer(self, peer: bytes, message: GroupDone | Demonstrations) -> None:
+        request = self._asked_of(peer, message.request)
+        if request is None:
             self.statistics.unclaimed += 1
+        elif isinstance(message, request.kind):
+            request.answer.set_result(message)
         else:
-            answer.set_result(message)
+            sentence = f"{type(message).__name__} in answer to a request for {request.kind.__name__}"
+            self._refuse(peer, sentence)
+            request.answer.set_exception(InfrastructureError(f"{peer.decode(errors='replace')}: {sentence}"))
+
+    def _asked_of(self, peer: bytes, number: int) -> _Request | None:
+        """The request with that number, if it still waits and that peer was asked."""
+        request = self._requests.get(number)
+        return request if request is not None and request.peer == peer and not request.answer.done() else None
 
     def _file(self, peer: bytes, inbox: BoundedQueue[T] | None, report: T) -> None:
         if inbox is None or not inbox.offer(report):
@@ -218,11 +253,11 @@ class Hub:
         worker = peer.decode(errors="replace")
         if failure.fatal or peer in self._inboxes:
             raise RunError(f"{worker} cannot go on: {failure.error}")
-        answer = self._requests.get(failure.request)
-        if answer is not None and not answer.done():
-            answer.set_exception(InfrastructureError(f"{worker}: {failure.error}"))
+        request = self._asked_of(peer, failure.request)
+        if request is not None:
+            request.answer.set_exception(InfrastructureError(f"{worker}: {failure.error}"))
         else:
-            log.warning("%s reports: %s", worker, failure.error)
+            log.warning("%s reports: %.1000s", worker, failure.error)
 
     def _refuse(self, peer: bytes, reason: str) -> None:
         self.statistics.malformed += 1

@@ -157,7 +157,7 @@ class Assembly:
         if self.runner is not None:
             yield Place(name="controller", runner=self.runner, environments=_names(self.runner.sizes()))
         for peer, hello in self.workers["environment"]:
-            runner = RemoteRunner(self.hub, peer)
+            runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained)
             yield Place(name=peer.decode(), runner=runner, environments=_names(hello.sizes))
 
     def _placed(self, engines: EnginePool) -> Callable[[RunGroup, str], None]:

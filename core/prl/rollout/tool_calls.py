@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
 from prl.errors import UserError
 from prl.rollout.markup import Marker, Part
-from prl.types import Message, Tool
+
+if TYPE_CHECKING:
+    from prl.types import Message, Tool
 
 Schema: TypeAlias = Mapping[str, Any]
 """JSON schema of one parameter; empty when it is not declared."""

@@ -16,13 +16,15 @@ lacks GLM-5.2 and Kimi-K2.7, and brings openai, tiktoken and pydantic into every
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from prl.errors import UserError
 from prl.providers import Tokenizer
 from prl.rollout.markup import Marker, Markup, Part
 from prl.rollout.tool_calls import Call, written
-from prl.types import Message, Tool
+
+if TYPE_CHECKING:
+    from prl.types import Message, Tool
 
 Parts: TypeAlias = Iterable[Part]
 

@@ -6,7 +6,7 @@ One `step` computes at most `prefill_tokens` of prompts and one token of every d
 of the model's thread: it knows no threads, clocks or sockets. Called by `generation.py`.
 
 Which sequences are computed together is chance: it depends on when requests arrive. With `batch_invariant` it changes
-no bit of what is sampled: products do not depend on the other rows (`prl.blocks.linear`), every prompt is computed by
+no bit of what is sampled: products do not depend on the other rows (`prl.blocks.invariance`), every prompt is computed by
 itself, and nothing is reused between requests.
 """
 
@@ -16,8 +16,8 @@ from collections import deque
 from itertools import accumulate
 
 import torch
+from prl.blocks import invariance
 from prl.blocks.context import Context
-from prl.blocks.linear import batch_invariant as invariant_rows
 from prl.blocks.linear import linear
 from prl.providers import LanguageModel
 from prl.types import Completion, StopReason, as_tokens
@@ -117,7 +117,7 @@ class Scheduler:
     def step(self) -> None:
         if self._waiting:
             self._start_jobs()
-        with invariant_rows(self._invariant):
+        with invariance.batch_invariant(self._invariant):
             if self._jobs:
                 self._prefill()
             if self.batch:

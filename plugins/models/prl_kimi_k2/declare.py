@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prl.errors import UserError
 from prl.rollout.tool_calls import function_of
-from prl.types import Tool
+
+if TYPE_CHECKING:
+    from prl.types import Tool
 
 Schema: TypeAlias = "Mapping[str, Any] | bool"
 

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 from prl.providers import Renderer, Tokenizer
@@ -31,9 +31,11 @@ from prl.rollout.turns import (
     split_reasoning,
     unknown_role,
 )
-from prl.types import Message, Tool
 
 from prl_kimi_k2.declare import typescript
+
+if TYPE_CHECKING:
+    from prl.types import Message, Tool
 
 _SPOKEN = (
     "<|im_system|>",

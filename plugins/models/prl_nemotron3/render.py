@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 from prl.providers import Renderer, Tokenizer
@@ -44,7 +44,9 @@ from prl.rollout.turns import (
     split_reasoning,
     unknown_role,
 )
-from prl.types import Message, Tool
+
+if TYPE_CHECKING:
+    from prl.types import Message, Tool
 
 SPECIAL_TOKENS = (
     "<|im_start|>",

@@ -1,0 +1,41 @@
+"""Products whose rows do not depend on the rows beside them, where that is asked for.
+
+How many rows a matrix product has decides which kernel computes it, so a row can come out differently in its last bits
+beside other rows. That is harmless in training, where the rows of a batch are the batch's. In serving they belong to
+requests that came together by chance: inside `batch_invariant`, what one of them gets depends on it alone (He et al.
+2025, "Defeating Nondeterminism in LLM Inference"). Holds for float32 on a CPU, in one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+from torch.nn import functional
+
+FEWEST_ROWS = 4
+"""MKL and oneDNN have kernels of their own for fewer rows; from here on, equal rows give equal products (tested)."""
+_WANTED: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+
+
+@contextmanager
+def batch_invariant(wanted: bool) -> Iterator[None]:
+    """Inside, in this thread: `wanted()` is as told."""
+    token = _WANTED.set(wanted)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
+def wanted() -> bool:
+    """Whether rows must not depend on each other here."""
+    return _WANTED.get()
+
+
+def enough_rows(x: Tensor) -> Tensor:
+    """x [..., N, D] with rows of zeros added where there are fewer than `FEWEST_ROWS`."""
+    missing = FEWEST_ROWS - x.shape[-2]
+    return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
