@@ -6,7 +6,7 @@ One `step` computes at most `prefill_tokens` of prompts and one token of every d
 of the model's thread: it knows no threads, clocks or sockets. Called by `generation.py`.
 
 Which sequences are computed together is chance: it depends on when requests arrive. With `batch_invariant` it changes
-no bit of what is sampled: products do not depend on the other rows (`prl.blocks.invariance`), every prompt is computed by
+no bit of what is sampled: rows do not depend on each other (`prl.blocks.invariance`), every prompt is computed by
 itself, and nothing is reused between requests.
 """
 
