@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on the workload of trl_comparison.toml, with a meter on it.
 
-A randomly initialised Qwen3 of 312,064 parameters, 8 prompts of 16 digits x 8 completions of exactly 64 characters a
+A randomly initialised Qwen3 of 312,064 parameters, 8 prompts of 24 digits x 8 completions of exactly 64 characters a
 step, reward = share of the letter a. Prints a JSON line per step: seconds and CPU-seconds since training began. Run by
 trl_comparison.py; alone: python benchmarks/trl_grpo.py --threads 1 --steps 10
 """
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-PROMPTS, GROUP, PROMPT_LENGTH, COMPLETION_LENGTH = 8, 8, 16, 64
+PROMPTS, GROUP, PROMPT_LENGTH, COMPLETION_LENGTH = 8, 8, 24, 64
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
 
