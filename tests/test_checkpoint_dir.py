@@ -93,7 +93,8 @@ def test_a_file_cut_short_and_a_missing_one_are_seen_without_reading_them(saved)
 
 
 def test_a_file_that_was_never_there(saved):
-    assert refusal(saved, "trainer/rank-7") == f"checkpoint {saved} has no trainer/rank-7: its manifest.json does not list it"
+    sentence = f"checkpoint {saved} has no trainer/rank-7: its manifest.json does not list it"
+    assert refusal(saved, "trainer/rank-7") == sentence
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 3}', '{"format": 3, "step": "x"}'])

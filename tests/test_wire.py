@@ -145,7 +145,8 @@ def test_a_malformed_message_is_a_wire_error_with_its_reason(frames, reason):
     ("code", "content", "reason"),
     [
         (3, b"\0" * 5, "buffer size must be a multiple"),
-        (17, b"", "IndexError"),
+        (17, b"", "column of type 17"),
+        (100, msgpack.packb([1, msgpack.ExtType(3, b""), [2]]), "extension 3 inside a column"),
         (100, msgpack.packb([2, 3, [1]]), "column in frame 2 of 2"),
         (100, msgpack.packb([0, 3, [1]]), "column in frame 0 of 2"),
         (100, msgpack.packb([1, 3, [9]]), "column of 8 bytes where shape [9] of int32 has 36"),

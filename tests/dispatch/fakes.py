@@ -53,7 +53,15 @@ TRAIN_TASKS, EVAL_TASKS = 1000, 7
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
-def rollout(rollout_id: str, *, version: int = 0, reward: float = 0.0, prompt: int = 2, sampled: int = 3) -> Rollout:
+def rollout(
+    rollout_id: str,
+    *,
+    version: int = 0,
+    reward: float = 0.0,
+    prompt: int = 2,
+    sampled: int = 3,
+    temperature: float = 1.0,
+) -> Rollout:
     """`prompt` tokens that were given and `sampled` ones that `version` sampled."""
     length = prompt + sampled
     mask = np.arange(length) >= prompt
@@ -64,7 +72,7 @@ def rollout(rollout_id: str, *, version: int = 0, reward: float = 0.0, prompt: i
         sampled=mask,
         logprobs=np.where(mask, -0.5, 0.0).astype(np.float32),
         versions=np.where(mask, version, -1).astype(np.int32),
-        temperature=1.0,
+        temperature=temperature,
         turns=(Turn(start=prompt, end=length, stop=StopReason.STOP),),
         messages=messages,
         reward=reward,
@@ -81,13 +89,16 @@ def answer(request: RunGroup, *, version: int | None = None, failed: int = 0, wh
         task=request.task,
         attempt=request.attempt,
         started_version=request.version,
-        rollouts=tuple(
-            rollout(f"{request.group_id}.{i}", version=sampled_by, reward=float(i % 2)) for i in range(kept)
-        ),
+        rollouts=tuple(_sibling(request, i, sampled_by) for i in range(kept)),
         failures=tuple(
             Failure(rollout_id=f"{request.group_id}.{i}", where=where, error="broke") for i in range(kept, request.size)
         ),
     )
+
+
+def _sibling(request: RunGroup, member: int, version: int) -> Rollout:
+    name, reward = f"{request.group_id}.{member}", float(member % 2)
+    return rollout(name, version=version, reward=reward, temperature=request.sampling.temperature)
 
 
 def demonstration(index: int) -> Sample:

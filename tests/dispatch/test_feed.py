@@ -128,3 +128,16 @@ def test_a_feed_without_tasks_is_the_users_mistake(sizes, weights, sentence):
 
 def test_an_empty_environment_of_weight_zero_is_fine():
     assert take(feed(0, 5, weights=(0.0, 1.0)), 3)[0].task.environment == "e1"
+
+
+def test_a_restored_group_that_is_finished_is_not_issued_again():
+    source = feed(5)
+    first, second = take(source, 2)
+    restored = feed(5)
+    restored.load_state_dict(source.state_dict())
+    assert restored.reclaim(first.group_id) == first
+    assert restored.waiting == [second.group_id]
+    assert restored.holds(first.group_id)
+    restored.finish([first.group_id])
+    assert not restored.holds(first.group_id)
+    assert [issue.group_id for issue in take(restored, 2)] == [1, 2]

@@ -60,6 +60,14 @@ async def introduced(hub: Hub, run_dir: RunDir, role: str = "environment") -> As
         connection.close()
 
 
+async def heard(hub: Hub, worker: AsyncConnection) -> None:
+    """Everything that environment-0 said so far has arrived, and it is still listened to."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(hub.request(b"environment-0", ASK))
+        message = await worker.receive(TO_WORKER)
+        await worker.send(Demonstrations(request=message.request, samples=()))
+
+
 def test_workers_introduce_themselves(tmp_path):
     async def scene(hub: Hub, run_dir: RunDir) -> None:
         connection = AsyncConnection(run_dir, "engine-3")
@@ -111,8 +119,7 @@ def test_cancelling_a_request_tells_the_worker_and_a_late_answer_is_ignored(tmp_
             request.cancel()
             assert await worker.receive(TO_WORKER) == Cancel(request=message.request)
             await worker.send(Demonstrations(request=message.request, samples=()))
-            await worker.send(hello(index=1))
-            await hub.hello("environment", 1)
+            await heard(hub, worker)
             assert hub.statistics.unclaimed == 1
 
     play(tmp_path, scene)
@@ -164,8 +171,7 @@ def test_a_failure_that_is_nobodys_is_survived(tmp_path):
     async def scene(hub: Hub, run_dir: RunDir) -> None:
         async with introduced(hub, run_dir) as worker:
             await worker.send(Failed(error="a hiccup"))
-            await worker.send(hello(index=1))
-            await hub.hello("environment", 1)
+            await heard(hub, worker)
 
     play(tmp_path, scene)
 
@@ -177,8 +183,7 @@ def test_a_malformed_or_unexpected_message_harms_nobody(tmp_path, frames):
     async def scene(hub: Hub, run_dir: RunDir) -> None:
         async with introduced(hub, run_dir) as worker:
             await worker._socket.send_multipart(frames)
-            await worker.send(hello(index=1))
-            await hub.hello("environment", 1)
+            await heard(hub, worker)
             assert hub.statistics.malformed == 1
             assert hub.statistics.received == 3
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
 
 import attrs
 import pytest
@@ -40,7 +38,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("main_job")
     config = folder / "tiny.toml"
     config.write_text(TINY)
@@ -56,7 +54,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     edits = (f"run.steps={steps}", f"checkpoints.resume={first.checkpoint}")
     with launched(first.dir.config, folder / "second", *edits) as second:
         codes["resumed"], _ = second.end()
-    yield Seen(
+    return Seen(
         stopped=first,
         resumed=second,
         listening=listening,
@@ -204,9 +202,11 @@ def test_transformers_loads_the_policy_and_computes_the_same(seen: Seen) -> None
 
 def test_the_policy_was_trained(seen: Seen) -> None:
     """The export is of this step's weights, not of those the run began with."""
-    first, second = (load_file(run.checkpoint / "huggingface" / "model.safetensors") for run in (seen.stopped, seen.resumed))
+    first, second = (
+        load_file(run.checkpoint / "huggingface" / "model.safetensors") for run in (seen.stopped, seen.resumed)
+    )
     name = "model.embed_tokens.weight"
     assert first[name].shape == second[name].shape
     assert not torch.equal(first[name], second[name])
-    config = json.loads(Path(seen.resumed.checkpoint / "huggingface" / "config.json").read_text())
+    config = json.loads((seen.resumed.checkpoint / "huggingface" / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("qwen3", "float32")

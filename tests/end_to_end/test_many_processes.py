@@ -135,9 +135,7 @@ def test_a_user_s_function_rewards(engine_killed: Death) -> None:
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("death", "named"), [("rank_killed", "trainer-0"), ("engine_killed", "engine-0")])
-def test_a_process_that_dies_ends_the_run_and_is_named(
-    request: pytest.FixtureRequest, death: str, named: str
-) -> None:
+def test_a_process_that_dies_ends_the_run_and_is_named(request: pytest.FixtureRequest, death: str, named: str) -> None:
     seen: Death = request.getfixturevalue(death)
     assert seen.code == 1
     assert named in seen.errors

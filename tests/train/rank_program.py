@@ -71,7 +71,7 @@ def publish(ranks: Ranks, folder: Path) -> None:
     model = sharded_model(ranks)
     manifest = Exporter(model=model, weight_map=names, number_format=names, sender=sender).publish(3)
     assert (manifest is not None) == (ranks.rank == 0)
-    HuggingFaceExport(model=model, weight_map=names, writes=ranks.rank == 0).write(folder / "huggingface")
+    HuggingFaceExport(model=model, weight_map=names, writes=ranks.rank == 0).write(folder)
 
 
 def resume(ranks: Ranks, folder: Path) -> None:

@@ -57,7 +57,7 @@ WORD_LEVEL = json.dumps(
     {
         "version": "1.0",
         "added_tokens": [],
-        "model": {"type": "WordLevel", "vocab": {f"word{i}": i for i in range(23)} | {"<|end|>": 23}, "unk_token": "word0"},
+        "model": {"type": "WordLevel", "vocab": {f"{i}": i for i in range(23)} | {"<|end|>": 23}, "unk_token": "0"},
     }
 )
 """A tokenizer.json of 24 tokens."""
@@ -170,7 +170,7 @@ def test_two_ranks_under_the_agent(launched, toy_plugin, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(toy_plugin), str(toy_plugin.parent / "site-prl_tiny")]))
 
     async def controller() -> list[StepDone]:
-        async with Hub(run_dir) as hub, asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(120), Hub(run_dir) as hub, asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(hub.serve())
             ranks = [await hub.hello("trainer", rank) for rank in range(2)]
             assert [hello.world_size for _, hello in ranks] == [2, 2]
@@ -238,3 +238,21 @@ def test_a_checkpoint_of_another_model_is_reported_before_hello(launched, tmp_pa
 def test_a_step_of_another_version_is_refused(launched):
     reason = reason_of_failure(*launched(), [train_step(3)])
     assert "step 4 trains version 3, and this rank holds 0" in reason
+
+
+def test_a_damaged_checkpoint_is_reported_before_hello(launched, tmp_path):
+    checkpoint = tmp_path / "step-0"
+    converse(*launched(), [Save(step=0, path=str(checkpoint_dir.partial(checkpoint)))])
+    commit_checkpoint(checkpoint, step=0)
+    shards = checkpoint / "trainer" / "rank-0.safetensors"
+    content = shards.read_bytes()
+    shards.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    sentence = f"{shards} is damaged: its checksum is"
+    assert sentence in reason_of_failure(*launched(f'checkpoints.resume="{checkpoint}"'))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported(launched, tmp_path):
+    (tmp_path / "file").touch()
+    order = Save(step=0, path=str(tmp_path / "file" / "step-0.partial"))
+    reason = reason_of_failure(*launched("checkpoints.huggingface=false"), [order])
+    assert "step-0.partial cannot be written ([Errno 20] Not a directory" in reason

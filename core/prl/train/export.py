@@ -14,7 +14,7 @@ import attrs
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prl.blocks import checkpoint
+from prl.blocks import checkpoint as huggingface
 from prl.errors import RunError
 from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.train.parallel import full
@@ -70,21 +70,24 @@ class HuggingFaceExport:
     origin: Path | None = None
     """The checkpoint the run started from, for the tensors that the weight map carries."""
 
-    def write(self, folder: Path) -> None:
-        """Take part in replacing `folder` by the weights as they are now; RunError when it cannot be written.
+    def write(self, checkpoint: Path) -> None:
+        """Take part in writing the weights, as they are now, into the folder `huggingface` of a checkpoint.
 
         Returns when it is written: a copy to be written later would need room for the whole model on one rank.
+        RunError when it cannot be.
         """
         if not self.writes:
             _take_part(self.model)
             return
+        folder = checkpoint / "huggingface"
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            checkpoint.save(_whole(self.model), self.weight_map, folder, origin=self.origin)
+            huggingface.save(_whole(self.model), self.weight_map, folder, origin=self.origin)
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
         except (OSError, SafetensorError) as error:
-            raise RunError(f"the policy cannot be written to {folder}: {error}") from error
+            sentence = f"the checkpoint {checkpoint} cannot be written ({error})"
+            raise RunError(f"{sentence}; `prl resume` goes on from the last") from error
 
 
 def _whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -124,7 +124,7 @@ class TrainerRank:
 
     def _save(self, step: int, path: Path) -> None:
         if self.huggingface is not None:
-            self.huggingface.write(path / "huggingface")
+            self.huggingface.write(path)
         self.saver.start(self.state.snapshot(step=step, version=self.version), path)
 
     def _report(self, report: StepReport, *, step: int, publish: bool) -> None:

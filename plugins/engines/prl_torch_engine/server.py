@@ -51,7 +51,7 @@ async def serve(context: EngineContext) -> None:
         retained=config.retained,
         length=config.length or run.rollouts.sequence_length,
         prefill_tokens=config.prefill_tokens,
-        batch_invariant=_batch_invariant(config, run),
+        batch_invariant=batch_invariant(config, run),
     )
     weights = Weights(loaded.module, loaded.weight_map, context.receiver)
     generation = Generation(scheduler)
@@ -66,7 +66,7 @@ async def serve(context: EngineContext) -> None:
             generation.stop()
 
 
-def _batch_invariant(config: TorchEngineConfig, run: Run) -> bool:
+def batch_invariant(config: TorchEngineConfig, run: Run) -> bool:
     """A scheduler without a field for the bound may leave the bound open."""
     if config.batch_invariant == "auto":
         return getattr(run.scheduler, "max_staleness", None) == 0
