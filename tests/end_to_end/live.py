@@ -92,7 +92,8 @@ class Run:
         return self.dir.checkpoints / f"step-{self.state['step']}"
 
     def pid(self, role: str) -> int:
-        return next(pid for pid, words in self.processes().items() if words[words.index("--role") + 1] == role)
+        """The process of that role that was started first."""
+        return min(pid for pid, words in self.processes().items() if words[words.index("--role") + 1] == role)
 
     def processes(self) -> dict[int, list[str]]:
         """Every living process of the run, its trainer ranks included: pid -> command line."""

@@ -29,6 +29,7 @@ MANY = (
     "checkpoints.every=1",
     "run.steps=1000",
 )
+CISPO = ('losses.rl={type="cispo", clip_high=1.5}', "run.steps=1000")
 PROMPTS = [{"prompt": f"spell {word}", "answer": word} for word in ("one", "two", "three", "four", "five", "six") * 4]
 REWARD = """
 def vowels(completion: str, answer: str) -> float:
@@ -55,16 +56,6 @@ def kill_once_trained(run: Launched, role: str) -> Death:
 
 
 @pytest.fixture(scope="module")
-def rank_killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Death]:
-    """Several of everything, a conversation of several turns, weights through files; then a trainer rank dies."""
-    folder = tmp_path_factory.mktemp("many")
-    config = folder / "many.toml"
-    config.write_text(TINY.replace("extends", 'plugins = ["guessing", "disk"]\nextends'))
-    with launched(config, folder / "run", *MANY) as run:
-        yield kill_once_trained(run, "trainer-rank")
-
-
-@pytest.fixture(scope="module")
 def cispo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip installed contrib/prl-cispo, as it would into site-packages."""
     target = tmp_path_factory.mktemp("site")
@@ -75,22 +66,48 @@ def cispo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine_killed(tmp_path_factory: pytest.TempPathFactory, cispo: Path) -> Iterator[Death]:
+def deaths(tmp_path_factory: pytest.TempPathFactory, cispo: Path) -> Iterator[dict[str, Death]]:
+    """Two runs at the same time, by the role of the process that is killed in them."""
+    folder = tmp_path_factory.mktemp("deaths")
+    path = os.pathsep.join([str(cispo), os.environ.get("PYTHONPATH", "")])
+    with (
+        launched(many(folder), folder / "many", *MANY) as rank_dies,
+        launched(
+            functions(folder), folder / "functions", *CISPO, words=("--plugins", "cispo"), env={"PYTHONPATH": path}
+        ) as engine_dies,
+    ):
+        yield {
+            "engine": kill_once_trained(engine_dies, "engine"),
+            "trainer-rank": kill_once_trained(rank_dies, "trainer-rank"),
+        }
+
+
+@pytest.fixture(scope="module")
+def rank_killed(deaths: dict[str, Death]) -> Death:
+    """Several of everything, a conversation of several turns, weights through files; then a trainer rank dies."""
+    return deaths["trainer-rank"]
+
+
+@pytest.fixture(scope="module")
+def engine_killed(deaths: dict[str, Death]) -> Death:
     """A user's reward under a third party's loss; then the engine dies."""
-    folder = tmp_path_factory.mktemp("functions")
+    return deaths["engine"]
+
+
+def many(folder: Path) -> Path:
+    config = folder / "many.toml"
+    config.write_text(TINY.replace("extends", 'plugins = ["guessing", "disk"]\nextends'))
+    return config
+
+
+def functions(folder: Path) -> Path:
     (folder / "rewards.py").write_text(REWARD)
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in PROMPTS))
+    source = f'file = "{folder}/prompts.jsonl"\nreward = "{folder}/rewards.py:vowels"'
+    environment = f'[[environments]]\ntype = "functions"\nname = "vowels"\n{source}\n'
     config = folder / "functions.toml"
-    config.write_text(TINY.replace("extends", 'plugins = ["functions"]\nextends'))
-    source = f'file="{folder}/prompts.jsonl", reward="{folder}/rewards.py:vowels"'
-    edits = (
-        f'environments=[{{type="functions", name="vowels", {source}}}]',
-        'losses.rl={type="cispo", clip_high=1.5}',
-        "run.steps=1000",
-    )
-    path = os.pathsep.join([str(cispo), os.environ.get("PYTHONPATH", "")])
-    with launched(config, folder / "run", *edits, words=("--plugins", "cispo"), env={"PYTHONPATH": path}) as run:
-        yield kill_once_trained(run, "engine")
+    config.write_text(TINY.replace("extends", 'plugins = ["functions"]\nextends') + environment)
+    return config
 
 
 # --- several of everything --------------------------------------------------------------------------------------------
@@ -134,12 +151,18 @@ def test_a_user_s_function_rewards(engine_killed: Death) -> None:
 
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("death", "named"), [("rank_killed", "trainer-0"), ("engine_killed", "engine-0")])
-def test_a_process_that_dies_ends_the_run_and_is_named(request: pytest.FixtureRequest, death: str, named: str) -> None:
-    seen: Death = request.getfixturevalue(death)
+@pytest.mark.parametrize(
+    ("role", "named"),
+    [("trainer-rank", ("trainer-0", "trainer rank 0", "exit code -9")), ("engine", ("engine-0", "SIGKILL"))],
+)
+def test_a_process_that_dies_ends_the_run_and_is_named(
+    deaths: dict[str, Death], role: str, named: tuple[str, ...]
+) -> None:
+    seen = deaths[role]
     assert seen.code == 1
-    assert named in seen.errors
     state = seen.run.state
     assert state["status"] == "failed"
-    assert named in state["error"]
+    for name in named:
+        assert name in seen.errors
+        assert name in state["error"]
     assert seen.left == {}

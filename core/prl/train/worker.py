@@ -40,6 +40,8 @@ from prl.types import STREAMS, Stream
 from prl.wire import Connection
 
 ORDERS = (TrainStep, Publish, Retire, Save, Stop)
+_AGENT_SECONDS = 5.0
+"""After so long it is not a peer's death that this rank failed of."""
 
 
 def main(composition: Composition, run_dir: RunDir) -> int:
@@ -52,6 +54,9 @@ def main(composition: Composition, run_dir: RunDir) -> int:
         rank.serve()
     except Exception as error:
         reason = str(error) if isinstance(error, PrlError) else f"{type(error).__name__}: {error}"
+        if ranks.world_size > 1 and not isinstance(error, PrlError):
+            # A peer that died breaks the collective this rank is in: the agent knows who was first, and ends the rest.
+            time.sleep(_AGENT_SECONDS)
         connection.send(Failed(error=reason, fatal=True))
         raise
     finally:
