@@ -212,7 +212,8 @@ def test_a_loss_that_asks_for_entropy_is_given_it():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "rounded"), [((70, 80, 75, 83), 312), ((64, 64, 66), 196), ((50, 51), 102), ((50, 50), 100), ((3, 4), 7)]
+    ("lengths", "rounded"),
+    [((70, 80, 75, 83), 312), ((64, 64, 66), 196), ((50, 51), 102), ((50, 50), 100), ((3, 4), 7)],
 )
 def test_few_distinct_lengths_reach_the_kernels(lengths: tuple[int, ...], rounded: int) -> None:
     """At most one part in 32 is added, and nothing where samples are of one length."""
