@@ -1,4 +1,4 @@
-"""`prl resume` and `prl launch --from`: what they start from and rewind, and what they refuse before anything starts."""
+"""`prl resume` and `prl launch --from`: what they start from and rewind, and what they refuse before they start."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def requests() -> list[Request]:
 
 @torch.inference_mode()
 def sampled(model: str, chance: int, *, invariant: bool = True) -> dict[tuple[str, int], tuple[bytes, bytes]]:
-    """Tokens and log-probabilities of every continuation, when requests come in an order and at times left to chance."""
+    """Tokens and log-probabilities of every continuation, when requests come in an order and at times of chance."""
     torch.manual_seed(0)
     scheduler = Scheduler(
         MODELS[model](), sequences=16, retained=8, length=64, prefill_tokens=20, batch_invariant=invariant

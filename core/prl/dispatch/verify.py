@@ -45,7 +45,9 @@ def verify_samples(samples: Sequence[Sample]) -> None:
         what = f"demonstration {number}"
         columns = (sample.tokens, sample.sampled, sample.engine_logprobs, sample.versions, sample.advantages)
         _verify_columns(what, (*columns, *sample.weights.values()))
-        _require(sample.ref_logprobs is None, f"{what} has ref_logprobs")
+        _require(set(sample.weights) <= {"ce"}, f"{what} belongs to the streams {sorted(sample.weights)}, not to ce")
+        _require(not sample.sampled.any() and sample.ref_logprobs is None, f"{what} claims to have been sampled")
+        _require(math.isfinite(sample.temperature) and sample.temperature > 0, f"{what} has no temperature")
         _require(bool(sample.tokens.min() >= 0), f"{what} has a negative token")
         _require(not any(weights[0] for weights in sample.weights.values()), f"{what} trains its first token")
         numbers = (sample.engine_logprobs, sample.advantages, *sample.weights.values())
