@@ -173,5 +173,3 @@ def test_what_was_asked_for_is_believed():
     verify_group(GOOD, REQUEST, NEWEST)
     verify_group(_rollout(large={"routes": REFERENCE}), REQUEST, NEWEST)
     verify_samples([demonstration(index) for index in range(4)])
-
-
