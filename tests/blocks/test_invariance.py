@@ -27,7 +27,7 @@ def test_a_row_does_not_depend_on_the_others(sizes):
         for count in (1, 2, 3, 4, 5, 8, 13, 31, 64, 100):
             for start in (0, 1, 7, 90):
                 assert torch.equal(linear(x[start : start + count], weight), whole[start : start + count])
-    torch.testing.assert_close(whole, x @ weight.T)
+    torch.testing.assert_close(whole, x @ weight.T, atol=5e-4, rtol=1e-4)
 
 
 def test_gradients_and_empty_products_are_left_alone():
