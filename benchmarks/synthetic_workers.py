@@ -117,7 +117,7 @@ def trainer(run_dir: RunDir) -> None:
         elif isinstance(message, Publish):
             connection.send(_done(version, 0))
         elif isinstance(message, Save):
-            connection.send(Saved(step=message.step))
+            connection.send(Saved(step=message.step, rank=0, files={}))
     connection.close()
 
 

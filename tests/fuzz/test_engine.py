@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prl import wire
-from prl.types import Completion, Manifest, Sampling, StopReason, TensorRecord, as_tokens
+from prl.types import Completion, Manifest, Sampling, StopReason, as_tokens
 from prl_torch_engine.columns import Completions, pack, unpack
 
 from tests.fuzz.hostile import fuzzed, nested, numbers
@@ -254,12 +253,10 @@ def test_a_client_survives_what_an_engine_answers(data):
     cut = data.draw(st.just(len(body)) | st.integers(0, len(body)))
     try:
         message = unpack(bytes(body[:cut]))
-    except wire.WireError as refusal:
-        assert str(refusal)
-    else:
-        assert all(len(c.tokens.shape) == 1 and math.prod(c.tokens.shape) <= 4000 for c in message.completions)
+    except wire.WireError:
+        return
+    assert sum(completion.tokens.size for completion in message.completions) <= len(body) // 4
 
 
 def test_the_manifest_itself_is_accepted(target):
-    assert isinstance(target.manifest.tensors[0], TensorRecord)
     assert target.run(target.post("/weights/prepare", _as_json(_plain(target.manifest)))) == (200, "")

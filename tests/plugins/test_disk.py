@@ -55,6 +55,12 @@ def test_a_version_sent_again_replaces_the_one_before(tmp_path):
     assert torch.equal(fetched["model.embed_tokens.weight"], weights(9)["model.embed_tokens.weight"])
 
 
+def test_only_what_lies_in_the_run_is_read(tmp_path):
+    elsewhere = send(DiskConfig(), tmp_path / "another run").send(7, weights(7).items())
+    with pytest.raises(InfrastructureError, match=r"version 7: .* is not in .*, where weights are read from"):
+        list(receive(DiskConfig(), tmp_path / "run").fetch(elsewhere))
+
+
 def test_a_flipped_byte_is_refused(tmp_path):
     manifest = send(DiskConfig(), tmp_path).send(7, weights(7).items())
     path = Path(manifest.location)

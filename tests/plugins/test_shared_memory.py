@@ -16,6 +16,7 @@ from prl_shared_memory import SharedMemoryConfig
 from prl_shared_memory.segments import KEPT, FileSender, MemorySender, receive, send
 
 CONFIG = SharedMemoryConfig()
+RUN = Path("a run directory")
 
 
 @pytest.fixture(params=["memory", "files"])
@@ -24,7 +25,7 @@ def sender(request, tmp_path, monkeypatch):
     if request.param == "files":
         monkeypatch.delattr(os, "memfd_create", raising=False)
         monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    sender = send(CONFIG, tmp_path)
+    sender = send(CONFIG, RUN)
     assert isinstance(sender, FileSender if request.param == "files" else MemorySender)
     yield sender
     sender.close()
@@ -36,7 +37,7 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 
 
 def fetched(manifest: Manifest) -> dict[str, torch.Tensor]:
-    return dict(receive(CONFIG, Path()).fetch(manifest))
+    return dict(receive(CONFIG, RUN).fetch(manifest))
 
 
 def overwrite(manifest: Manifest, content: bytes) -> None:
@@ -52,7 +53,7 @@ def test_an_engine_fetches_what_the_trainer_sent(sender):
     assert seen["b"].dtype == torch.bfloat16
 
 
-def test_another_process_fetches_it_too(sender):
+def test_another_process_fetches_it_too(sender, tmp_path):
     manifest = sender.send(3, weights(3).items())
     program = f"""
 import cattrs, pathlib
@@ -60,10 +61,12 @@ from prl.types import Manifest
 from prl_shared_memory import SharedMemoryConfig
 from prl_shared_memory.segments import receive
 manifest = cattrs.structure({cattrs.unstructure(manifest)!r}, Manifest)
-for name, tensor in receive(SharedMemoryConfig(), pathlib.Path()).fetch(manifest):
+for name, tensor in receive(SharedMemoryConfig(), pathlib.Path({str(RUN)!r})).fetch(manifest):
     print(name, float(tensor.double().sum()))
 """
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     expected = [f"{name} {float(tensor.double().sum())}" for name, tensor in weights(3).items()]
     assert output.splitlines() == expected
 
@@ -120,6 +123,12 @@ def test_a_descriptor_that_means_something_else_now_is_gone(tmp_path):
         manifest = Manifest(version=1, location=f"/proc/{os.getpid()}/fd/{other.fileno()}", tensors=())
         with pytest.raises(InfrastructureError, match=r"weights of version 1: .* is gone"):
             fetched(manifest)
+
+
+@pytest.mark.parametrize("location", ["/etc/hostname", "/proc/self/mem", "/proc/1/fd/../../self/mem", "\0"])
+def test_nothing_is_read_that_no_sender_wrote(location):
+    with pytest.raises(InfrastructureError, match=r"weights of version 1: .* (is not in|is no path)"):
+        fetched(Manifest(version=1, location=location, tensors=()))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def read(path: Path) -> list[Group]:
     content = memoryview(path.read_bytes())
     try:
         return [wire.decode(frames, (Group,)) for frames in _records(content)]
-    except (struct.error, wire.WireError) as error:
+    except (struct.error, ValueError, wire.WireError) as error:
         raise CheckpointError(f"{path} is no file of groups: {error}") from None
 
 
@@ -42,8 +42,11 @@ def _records(content: memoryview) -> Iterator[list[memoryview]]:
     start = 0
     while start < len(content):
         (count,) = _WORD.unpack_from(content, start)
-        lengths = [_WORD.unpack_from(content, start + _WORD.size * (1 + i))[0] for i in range(count)]
-        start += _WORD.size * (1 + count)
+        first = start + _WORD.size
+        start = first + _WORD.size * count
+        if start > len(content):
+            raise ValueError(f"it ends at byte {len(content)}, inside a record of {count} frames")
+        lengths = [length for (length,) in _WORD.iter_unpack(content[first:start])]
         frames = []
         for length in lengths:
             frames.append(content[start : start + length])

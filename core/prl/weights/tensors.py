@@ -7,6 +7,7 @@ functions. A file that is removed while its tensors are in use stays readable: t
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import zlib
@@ -81,6 +82,17 @@ def write_atomically(path: Path, write: Writer, tensors: Iterable[tuple[str, Ten
     return records
 
 
+def inside(folder: Path, location: str, *, what: str) -> Path:
+    """The file at `location`, which came over a wire; InfrastructureError unless it is in `folder`, links followed."""
+    try:
+        path = Path(location).resolve()
+    except (OSError, ValueError) as error:
+        raise InfrastructureError(f"{what}: {location!r:.200} is no path: {error!s:.200}") from None
+    if not path.is_relative_to(folder.resolve()):
+        raise InfrastructureError(f"{what}: {location!r:.200} is not in {folder}, where weights are read from")
+    return path
+
+
 def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> Iterator[tuple[str, Tensor]]:
     """Every recorded tensor, verified, as a view of the file mapped into memory (private: writing to it is allowed).
 
@@ -93,14 +105,17 @@ def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> I
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else None
     except FileNotFoundError:
         raise InfrastructureError(f"{what}: {path} is gone") from None
+    except OSError as error:
+        raise InfrastructureError(f"{what} cannot be read: {error}") from None
     for record in records:
         yield record.name, _read(mapped, size, record, what)
 
 
 def _read(mapped: mmap.mmap | None, size: int, record: TensorRecord, what: str) -> Tensor:
     dtype = getattr(torch, record.dtype, None)
-    count = torch.Size(record.shape).numel()
-    if not isinstance(dtype, torch.dtype) or count * dtype.itemsize != record.nbytes or record.offset < 0:
+    count = math.prod(record.shape)
+    sound = min((record.offset, *record.shape)) >= 0
+    if not isinstance(dtype, torch.dtype) or not sound or count * dtype.itemsize != record.nbytes:
         raise InfrastructureError(f"{what}: the record of tensor {record.name} contradicts itself: {record}")
     end = record.offset + record.nbytes
     if end > size:

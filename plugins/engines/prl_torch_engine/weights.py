@@ -52,6 +52,10 @@ class Weights:
                 raise InfrastructureError(
                     f"version {manifest.version} at {manifest.location} lacks {missing}, which the model's {name} needs"
                 ) from None
+            except Exception as error:  # a weight map may fail in any way on tensors that are not its model's
+                raise InfrastructureError(
+                    f"version {manifest.version} at {manifest.location} does not fit the model's {name}: {error}"
+                ) from error
             if tensor.shape != staged.shape:
                 raise InfrastructureError(
                     f"version {manifest.version} at {manifest.location} has {name} of shape {tuple(tensor.shape)}, the "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 from prl.types import Manifest
-from prl.weights.tensors import read_tensors, write_atomically, write_safetensors
+from prl.weights.tensors import inside, read_tensors, write_atomically, write_safetensors
 from torch import Tensor
 
 from prl_disk import DiskConfig
@@ -44,8 +44,11 @@ class DiskSender:
 class DiskReceiver:
     """Engine side."""
 
+    folder: Path
+
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        return read_tensors(Path(manifest.location), manifest.tensors, what=f"weights of version {manifest.version}")
+        what = f"weights of version {manifest.version}"
+        return read_tensors(inside(self.folder, manifest.location, what=what), manifest.tensors, what=what)
 
     def close(self) -> None:
         """Nothing is held: each tensor keeps the map it lies in."""
@@ -56,4 +59,4 @@ def send(config: DiskConfig, run_dir: Path) -> DiskSender:
 
 
 def receive(config: DiskConfig, run_dir: Path) -> DiskReceiver:
-    return DiskReceiver()
+    return DiskReceiver(run_dir / "weights")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -22,12 +23,13 @@ import attrs
 from prl.errors import InfrastructureError
 from prl.providers import WeightSender
 from prl.types import Manifest
-from prl.weights.tensors import read_tensors, write_atomically, write_raw
+from prl.weights.tensors import inside, read_tensors, write_atomically, write_raw
 from torch import Tensor
 
 from prl_shared_memory import SharedMemoryConfig
 
 KEPT = 3
+_DESCRIPTOR = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
 
 @attrs.define
@@ -94,11 +96,20 @@ class FileSender:
 class SharedMemoryReceiver:
     """Engine side."""
 
+    folder: Path
+    """Where a `FileSender` of the run writes."""
+
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        path, what = Path(manifest.location), f"weights of version {manifest.version}"
-        if path.is_relative_to("/proc") and not _is_segment(path, manifest.version):
+        what = f"weights of version {manifest.version}"
+        return read_tensors(self._path(manifest, what), manifest.tensors, what=what)
+
+    def _path(self, manifest: Manifest, what: str) -> Path:
+        if not _DESCRIPTOR.fullmatch(manifest.location):
+            return inside(self.folder, manifest.location, what=what)
+        path = Path(manifest.location)
+        if not _is_segment(path, manifest.version):
             raise InfrastructureError(f"{what}: {path} is gone")
-        return read_tensors(path, manifest.tensors, what=what)
+        return path
 
     def close(self) -> None:
         """Nothing is held: each tensor keeps the map it lies in."""
@@ -107,12 +118,16 @@ class SharedMemoryReceiver:
 def send(config: SharedMemoryConfig, run_dir: Path) -> WeightSender:
     if hasattr(os, "memfd_create"):
         return MemorySender()
-    run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-    return FileSender(Path(tempfile.gettempdir()) / f"prl-{run}")
+    return FileSender(_folder(run_dir))
 
 
 def receive(config: SharedMemoryConfig, run_dir: Path) -> SharedMemoryReceiver:
-    return SharedMemoryReceiver()
+    return SharedMemoryReceiver(_folder(run_dir))
+
+
+def _folder(run_dir: Path) -> Path:
+    run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"prl-{run}"
 
 
 def _segment_name(version: int) -> str:
