@@ -108,6 +108,12 @@ class Composition:
     def hooks(self) -> Composition:
         return self
 
+    @property
+    def resolved(self) -> Mapping[str, Any]:
+        """What a checkpoint's identity is made of."""
+        sections = {name: {"type": "synthetic"} for name in ("model", "optimizer", "quantization")}
+        return {**sections, "tokenizer": {"file": ""}, "trainer": {"ranks": 1}}
+
     def implementations(self, hook: str) -> Sequence[tuple[str, Callable[..., None]]]:
         return [("benchmark", self.watch[hook])] if hook in self.watch else []
 

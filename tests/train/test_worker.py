@@ -95,13 +95,15 @@ def converse(composition: Composition, run_dir: RunDir, orders) -> list[object]:
             rank = tasks.create_task(asyncio.to_thread(worker.main, composition, run_dir))
             peer, hello = await hub.hello("trainer", 0)
             replies: list[object] = [hello]
-            for order in orders:
-                await hub.send(peer, order)
-                if isinstance(order, Save):
-                    replies.append(await hub.saved(0))
-                elif not isinstance(order, Retire):
-                    replies.append(await hub.reply(peer))
-            await hub.send(peer, Stop())
+            try:
+                for order in orders:
+                    await hub.send(peer, order)
+                    if isinstance(order, Save):
+                        replies.append(await hub.saved(0))
+                    elif not isinstance(order, Retire):
+                        replies.append(await hub.reply(peer))
+            finally:
+                await hub.send(peer, Stop())
             assert await rank == 0
             serving.cancel()
         return replies
@@ -115,7 +117,7 @@ def train_step(version: int, *, publish: bool = False) -> TrainStep:
 
 
 def fetched(manifest) -> dict[str, torch.Tensor]:
-    return dict(receive(DiskConfig(), Path()).fetch(manifest))
+    return dict(receive(DiskConfig(), Path(manifest.location).parents[2]).fetch(manifest))
 
 
 def test_hello_publish_train_and_retire(launched):
