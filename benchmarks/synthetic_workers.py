@@ -117,6 +117,7 @@ def trainer(run_dir: RunDir) -> None:
         elif isinstance(message, Publish):
             connection.send(_done(version, 0))
         elif isinstance(message, Save):
+            Path(message.path).mkdir(parents=True)
             connection.send(Saved(step=message.step, rank=0, files={}))
     connection.close()
 

@@ -193,9 +193,7 @@ def _check_size(file: Path, record: FileRecord) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: the checkpoint had it when it was written; {_REMEDY}") from None
     if nbytes != record.nbytes:
-        raise CheckpointError(
-            f"{file} is damaged: it has {nbytes} bytes where {record.nbytes} were written; {_REMEDY}"
-        )
+        raise CheckpointError(f"{file} is damaged: it has {nbytes} bytes where {record.nbytes} were written; {_REMEDY}")
 
 
 def _checksum(file: Path) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
+import attrs
+import numpy as np
 import pytest
 from prl.dispatch import controller
 from prl.errors import RunError
 from prl.messages import Failed, RunGroup, TrainStep
+from prl.types import Group
 
 from tests.dispatch.fakes import FakeComposition, FakeEngine, FakeEnvironment, FakeRun, FakeTrainer, answer, toy_run
 
@@ -40,6 +44,33 @@ def test_failures_are_tried_again_and_never_become_a_reward(tmp_path):
     assert dropped["dropped/environment"] == 2
     assert dropped["dropped/engine"] == 1
     assert all(row["reward"] == int(row["member"]) % 2 for row in run.trained())
+
+
+def test_garbage_costs_the_worker_an_attempt_and_nobody_else_anything(tmp_path):
+    def reply(request: RunGroup):
+        group = answer(request)
+        if request.attempt == 0:
+            match request.group_id:
+                case 1:
+                    return attrs.evolve(group, group_id=0)
+                case 2:
+                    return spoiled(group, versions=np.full(5, 1000, dtype=np.int32))
+                case 3:
+                    return spoiled(group, logprobs=np.zeros(1, dtype=np.float32))
+                case 4:
+                    return spoiled(group, reward=float("nan"))
+                case 5:
+                    return spoiled(group, messages=({"role": "user", "content": b"\xff"},))
+        return group
+
+    def spoiled(group: Group, **changes: Any) -> Group:
+        return attrs.evolve(group, rollouts=(attrs.evolve(group.rollouts[0], **changes), *group.rollouts[1:]))
+
+    run = FakeRun(tmp_path, toy_run(steps=4, max_staleness=3), environments=[FakeEnvironment(reply=reply)])
+    run.go()
+    assert sorted(run.trained_groups()) == list(range(8))
+    assert {row["group_id"] for row in run.trained() if row["attempt"] == 1} == {1, 2, 3, 4, 5}
+    assert sum(line.get("dropped/environment", 0) for line in run.lines("rl")) == 5
 
 
 def test_a_task_that_always_fails_is_given_up_with_its_reason(tmp_path):

@@ -15,11 +15,27 @@ import zmq.asyncio
 from prl.checkpoint_dir import FileRecord
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.errors import InfrastructureError, RunError
-from prl.messages import TO_WORKER, Cancel, Demonstrate, Demonstrations, Failed, Hello, Saved, StepDone, Stop
+from prl.messages import (
+    TO_WORKER,
+    Cancel,
+    Demonstrate,
+    Demonstrations,
+    Failed,
+    GroupDone,
+    Hello,
+    Saved,
+    StepDone,
+    Stop,
+)
 from prl.run_dir import RunDir
+from prl.types import Group, TaskRef
 from prl.wire import AsyncConnection
 
+from tests.dispatch.fakes import demonstration
+
 ASK = Demonstrate(request=0, tasks=())
+TASK = TaskRef(environment="toy", split="train", index=0)
+GROUP = Group(group_id=0, task=TASK, attempt=0, started_version=0, rollouts=())
 
 
 def hello(role: str = "environment", index: int = 0) -> Hello:
@@ -186,6 +202,79 @@ def test_a_malformed_or_unexpected_message_harms_nobody(tmp_path, frames):
             await heard(hub, worker)
             assert hub.statistics.malformed == 1
             assert hub.statistics.received == 3
+
+    play(tmp_path, scene)
+
+
+def test_only_the_worker_that_was_asked_can_answer(tmp_path):
+    async def scene(hub: Hub, run_dir: RunDir) -> None:
+        other = AsyncConnection(run_dir, "environment-1")
+        await other.send(hello(index=1))
+        await hub.hello("environment", 1)
+        async with introduced(hub, run_dir) as worker, asyncio.TaskGroup() as tasks:
+            request = tasks.create_task(hub.request(b"environment-0", ASK))
+            message = await worker.receive(TO_WORKER)
+            await other.send(Demonstrations(request=message.request, samples=(demonstration(1),)))
+            await other.send(Failed(request=message.request, error="not mine to say"))
+            tasks.create_task(hub.request(b"environment-1", ASK))
+            mine = await other.receive(TO_WORKER)
+            await other.send(Demonstrations(request=mine.request, samples=()))
+            await worker.send(Demonstrations(request=message.request, samples=()))
+        assert request.result().samples == ()
+        assert hub.statistics.unclaimed == 1
+        other.close()
+
+    play(tmp_path, scene)
+
+
+def test_an_answer_to_another_question_fails_the_request(tmp_path):
+    async def scene(hub: Hub, run_dir: RunDir) -> None:
+        async with introduced(hub, run_dir) as worker:
+            async with asyncio.TaskGroup() as tasks:
+                request = tasks.create_task(fails(hub))
+                message = await worker.receive(TO_WORKER)
+                await worker.send(GroupDone(request=message.request, group=GROUP))
+            assert request.result() == "environment-0: GroupDone in answer to a request for Demonstrations"
+
+    async def fails(hub: Hub) -> str:
+        with pytest.raises(InfrastructureError) as caught:
+            await hub.request(b"environment-0", ASK)
+        return str(caught.value)
+
+    play(tmp_path, scene)
+
+
+def test_nobody_speaks_in_the_name_of_another_worker(tmp_path):
+    async def scene(hub: Hub, run_dir: RunDir) -> None:
+        async with introduced(hub, run_dir) as worker:
+            await worker.send(hello("trainer"))
+            await worker.send(hello(index=1))
+            await heard(hub, worker)
+            assert hub.present == {("environment", 0)}
+            assert hub.statistics.malformed == 2
+
+    play(tmp_path, scene)
+
+
+def test_messages_that_wait_do_not_hold_up_the_loop(tmp_path):
+    async def scene(hub: Hub, run_dir: RunDir) -> None:
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                before = hub.statistics.received
+                await asyncio.sleep(0)
+                most = max(most, hub.statistics.received - before)
+
+        async with introduced(hub, run_dir) as worker, asyncio.TaskGroup() as tasks:
+            for _ in range(200):
+                await worker.send(Failed(error="a hiccup"))
+            watching = tasks.create_task(watch())
+            await heard(hub, worker)
+            assert hub.statistics.received == 1 + 200 + 1
+            assert most == 1
+            watching.cancel()
 
     play(tmp_path, scene)
 

@@ -71,7 +71,11 @@ def publish(ranks: Ranks, folder: Path) -> None:
     model = sharded_model(ranks)
     manifest = Exporter(model=model, weight_map=names, number_format=names, sender=sender).publish(3)
     assert (manifest is not None) == (ranks.rank == 0)
-    HuggingFaceExport(model=model, weight_map=names, writes=ranks.rank == 0).write(folder)
+    export = HuggingFaceExport(model=model, weight_map=names, writes=ranks.rank == 0)
+    whole = export.collect(model.state_dict())
+    assert bool(whole) == (ranks.rank == 0)
+    if whole:
+        export.write(whole, folder)
 
 
 def resume(ranks: Ranks, folder: Path) -> None:

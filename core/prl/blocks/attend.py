@@ -87,7 +87,8 @@ def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) 
     """The queries of a group attend to the same keys, so they take the place of a kernel's query positions."""
     k, v = cache.read(context)  # [S, G, context.longest, D]
     grouped = torch.unflatten(q, 1, (k.shape[1], -1))  # [S, G, H / G, D]
-    mask = None if context.past_min == context.past_max else _visible(context, context.positions[:, None], q.dtype)
+    whole = context.past_min + 1 == context.longest
+    mask = None if whole else _visible(context, context.positions[:, None], q.dtype)
     if q.is_cuda or q.dtype is not torch.float32:
         return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
     queries = invariance.enough_rows(grouped) if invariance.wanted() else grouped

@@ -17,6 +17,9 @@ from torch.nn import functional
 
 FEWEST_ROWS = 4
 """MKL and oneDNN have kernels of their own for fewer rows; from here on, equal rows give equal products (tested)."""
+FEWEST_KEYS = 64
+"""torch multiplies small matrices in a batch by itself and leaves larger ones to MKL; attention over so many keys is
+larger for any head."""
 _WANTED: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 
 
@@ -33,6 +36,11 @@ def batch_invariant(wanted: bool) -> Iterator[None]:
 def wanted() -> bool:
     """Whether rows must not depend on each other here."""
     return _WANTED.get()
+
+
+def enough_keys(longest: int, room: int) -> int:
+    """How many of a cache's `room` keys attention should look at, masked, where the longest sequence has `longest`."""
+    return max(longest, min(FEWEST_KEYS, room)) if wanted() else longest
 
 
 def enough_rows(x: Tensor) -> Tensor:

@@ -57,6 +57,12 @@ class Snapshot:
     record: RankRecord
     """What is known before the tensors are written: all but `tensors`."""
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The model's part: name -> what this rank holds of it."""
+        kinds = {name: name.partition("/") for name in self.tensors}
+        return {rest: self.tensors[name] for name, (kind, _, rest) in kinds.items() if kind == "model"}
+
     def write(self, checkpoint: Path) -> dict[str, FileRecord]:
         """Write this rank's files into `checkpoint`, a folder that nobody reads yet; by their paths in it."""
         (checkpoint / "trainer").mkdir(parents=True, exist_ok=True)

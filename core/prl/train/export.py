@@ -7,15 +7,14 @@ it sees to the weight transport, or writes it as a Hugging Face checkpoint. Call
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import attrs
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prl.blocks import checkpoint as huggingface
-from prl.errors import RunError
 from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.train.parallel import full
 from prl.types import Manifest
@@ -70,24 +69,24 @@ class HuggingFaceExport:
     origin: Path | None = None
     """The checkpoint the run started from, for the tensors that the weight map carries."""
 
-    def write(self, checkpoint: Path) -> None:
-        """Take part in writing the weights, as they are now, into the folder `huggingface` of a checkpoint.
+    def collect(self, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Take part in making the weights whole, as they are now, in the host memory of the rank that writes.
 
-        Returns when it is written: a copy to be written later would need room for the whole model on one rank.
-        RunError when it cannot be.
+        `copies` are in host memory already: what this rank holds of each tensor. Empty on ranks that do not write.
         """
         if not self.writes:
             _take_part(self.model)
-            return
+            return {}
+        tensors = self.model.state_dict().items()
+        return {name: full(t).cpu() if isinstance(t, DTensor) else copies[name] for name, t in tensors}
+
+    def write(self, whole: Mapping[str, Tensor], checkpoint: Path) -> None:
+        """Write what was collected into the folder `huggingface` of a checkpoint, while training goes on."""
         folder = checkpoint / "huggingface"
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            huggingface.save(_whole(self.model), self.weight_map, folder, origin=self.origin)
-            if self.tokenizer is not None:
-                shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
-        except (OSError, SafetensorError) as error:
-            sentence = f"the checkpoint {checkpoint} cannot be written ({error})"
-            raise RunError(f"{sentence}; `prl resume` goes on from the last") from error
+        shutil.rmtree(folder, ignore_errors=True)
+        huggingface.save(whole.items(), self.weight_map, folder, origin=self.origin)
+        if self.tokenizer is not None:
+            shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
 
 
 def _whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ connection of the thread's own, because the rank's belongs to its main thread, w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,11 +24,15 @@ class Saver:
         self._connect = connect
         self._thread: threading.Thread | None = None
 
-    def start(self, snapshot: Snapshot, checkpoint: Path) -> None:
-        """Write a snapshot into the folder `checkpoint` and tell the controller; returns at once."""
+    def start(self, snapshot: Snapshot, checkpoint: Path, *beside: Callable[[Path], object]) -> None:
+        """Write a snapshot into the folder `checkpoint` and tell the controller; returns at once.
+
+        `beside` are called first: they write what lies in the checkpoint and is no part of the state.
+        """
         self.close()
         # A daemon: a rank that must end at once, because the run failed, does not wait for the disk.
-        self._thread = threading.Thread(target=self._write, args=(snapshot, checkpoint), name="saver", daemon=True)
+        arguments = snapshot, checkpoint, beside
+        self._thread = threading.Thread(target=self._write, args=arguments, name="saver", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -36,9 +40,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self, snapshot: Snapshot, checkpoint: Path) -> None:
+    def _write(self, snapshot: Snapshot, checkpoint: Path, beside: Sequence[Callable[[Path], object]]) -> None:
         with closing(self._connect()) as connection:
             try:
+                for write in beside:
+                    write(checkpoint)
                 files = snapshot.write(checkpoint)
             except Exception as error:  # whatever it is, the controller must not wait for ever
                 sentence = f"the checkpoint {checkpoint} cannot be written ({error})"

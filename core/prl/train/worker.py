@@ -14,6 +14,7 @@ import functools
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,12 @@ class TrainerRank:
         return report
 
     def _save(self, step: int, path: Path) -> None:
+        snapshot = self.state.snapshot(step=step, version=self.version)
+        writes: list[Callable[[Path], object]] = []
         if self.huggingface is not None:
-            self.huggingface.write(path)
-        self.saver.start(self.state.snapshot(step=step, version=self.version), path)
+            whole = self.huggingface.collect(snapshot.weights)
+            writes += [functools.partial(self.huggingface.write, whole)] if whole else []
+        self.saver.start(snapshot, path, *writes)
 
     def _report(self, report: StepReport, *, step: int, publish: bool) -> None:
         started = time.perf_counter()

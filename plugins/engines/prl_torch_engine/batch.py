@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from prl.blocks import invariance
 from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.errors import InfrastructureError
@@ -132,7 +133,7 @@ class Batch:
             past=window.past,
             past_min=window.past_min,
             past_max=window.past_max,
-            longest=window.past_max + 1,
+            longest=invariance.enough_keys(window.past_max + 1, self._rows.length),
             decoding=True,
         )
         hidden = self._model.hidden(window.last, context)
