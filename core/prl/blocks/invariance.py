@@ -8,15 +8,16 @@ requests that came together by chance: inside `batch_invariant`, what one of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-FEWEST_ROWS = 4
-"""MKL and oneDNN have kernels of their own for fewer rows; from here on, equal rows give equal products (tested)."""
+TILE_ROWS = 16
+"""Rows of every product: which kernel a library takes depends on their number, and the number differs by processor."""
 FEWEST_KEYS = 64
 """torch multiplies small matrices in a batch by itself and leaves larger ones to MKL; attention over so many keys is
 larger for any head."""
@@ -43,7 +44,13 @@ def enough_keys(longest: int, room: int) -> int:
     return max(longest, min(FEWEST_KEYS, room)) if wanted() else longest
 
 
-def enough_rows(x: Tensor) -> Tensor:
-    """x [..., N, D] with rows of zeros added where there are fewer than `FEWEST_ROWS`."""
-    missing = FEWEST_ROWS - x.shape[-2]
+def in_tiles(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """x [T, I] -> [T, O]: `product` of `TILE_ROWS` rows at a time, rows of zeros added to the last."""
+    tiles = torch.split(functional.pad(x, (0, 0, 0, -len(x) % TILE_ROWS)), TILE_ROWS)
+    return torch.cat([product(tile) for tile in tiles])[: len(x)]
+
+
+def whole_tile(x: Tensor) -> Tensor:
+    """x [..., N, D] with rows of zeros added where there are fewer than `TILE_ROWS`."""
+    missing = TILE_ROWS - x.shape[-2]
     return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x

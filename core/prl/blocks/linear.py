@@ -40,23 +40,18 @@ _ONEDNN_MIN_PRODUCTS = 2**26 if _intel() else 2**20
 """Multiply-adds from which oneDNN's kernel outweighs its dearer call; measured."""
 
 
-_TYPICAL_ROWS = 32
-"""Stands for the number of rows where that must not choose the kernel."""
-
-
-def _one_kernel(x: Tensor, weight: Tensor) -> Tensor:
-    """[T, O] with the kernel that suits the weight, whatever T is."""
-    rows = invariance.enough_rows(x)
+def _invariant(x: Tensor, weight: Tensor) -> Tensor:
+    """[T, O] in products of one size, with the kernel that suits it."""
     plain = _ONEDNN and x.dtype is torch.float32 and type(weight) in _PLAIN
-    if plain and _TYPICAL_ROWS * weight.numel() >= _ONEDNN_MIN_PRODUCTS:
-        return _onednn(rows, weight)[: len(x)]
-    return functional.linear(rows, weight)[: len(x)]
+    if plain and invariance.TILE_ROWS * weight.numel() >= _ONEDNN_MIN_PRODUCTS:
+        return invariance.in_tiles(x, lambda tile: _onednn(tile, weight))
+    return invariance.in_tiles(x, lambda tile: functional.linear(tile, weight))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, I], weight [O, I] -> [T, O] = x @ weight.T, differentiable in both."""
     if invariance.wanted() and x.device.type == "cpu":
-        return _one_kernel(x, weight)
+        return _invariant(x, weight)
     if not (_ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu" and type(weight) in _PLAIN):
         return functional.linear(x, weight)
     if len(x) * weight.numel() < _ONEDNN_MIN_PRODUCTS:
