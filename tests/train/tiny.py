@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from prl import checkpoint_dir
 from prl.blocks.context import Context
+from prl.blocks.sharded import full
 from prl.checkpoint_dir import CheckpointManifest, FileRecord
 from prl.score.pack import pack
-from prl.train.parallel import full
 from prl.train.step import Stepper
 from prl.train.streams import StreamLoss
 from prl.types import Batch, Sample
@@ -154,9 +154,18 @@ def _random_sample(draw: np.random.Generator, index: int, version: int) -> Sampl
 
 
 def pack_batch(
-    samples: Sequence[Sample], *, ranks: int = 1, micro_batch_tokens: int = 1000, step: int = 6, version: int = 5
+    samples: Sequence[Sample],
+    *,
+    ranks: int = 1,
+    context: int = 1,
+    micro_batch_tokens: int = 1000,
+    step: int = 6,
+    version: int = 5,
 ) -> Batch:
-    return pack(samples, step=step, version=version, phase="rl", ranks=ranks, micro_batch_tokens=micro_batch_tokens)
+    capacity = micro_batch_tokens
+    return pack(
+        samples, step=step, version=version, phase="rl", ranks=ranks, context=context, micro_batch_tokens=capacity
+    )
 
 
 def commit_checkpoint(path: Path, *, step: int) -> None:

@@ -3,7 +3,8 @@
 `attend` is the one seam between the blocks and attention kernels: callers bring q, k, v of the new tokens, the context
 says which of them see each other, and the kernel is chosen here from the case at hand:
 
-    training, or first tokens of every sequence   rectangles and a causal kernel (CPU), variable-length flash (GPU)
+    training, or first tokens of every sequence   rectangles and a causal kernel (CPU), variable-length flash (GPU);
+                                                  the same where the first sequence goes on from an earlier rank
     one new token per sequence                    the cache by view, no copy
     several new tokens after cached ones          a rectangle of queries with a mask
 """
@@ -33,7 +34,8 @@ def attend(
     """Attention of the new tokens over their own sequences: [T, H, D].
 
     q [T, H, D], k and v [T, G, D] with G a divisor of H (grouped queries), `scale` multiplies q k^T. With a cache the
-    new k and v are stored in it first, and earlier tokens are read from it.
+    new k and v are stored in it first, and earlier tokens are read from it. Where ranks share sequences k and v are
+    [context.earlier + T, G, D], as `Context.with_earlier` gives them.
     """
     if cache is not None:
         cache.write(k, v, context)
@@ -47,15 +49,21 @@ def attend(
 
 
 def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """All sequences begin with these tokens: block-diagonal causal attention."""
+    """All keys and values are there: block-diagonal causal attention."""
     if _flash_takes(q):
         return _variable_length(q, k, v, context, scale)
-    layout = _layout(context)
-    rectangles = [
-        _sdpa(*parts, scale=scale, causal=True)
-        for parts in zip(layout.pad(q), layout.pad(k), layout.pad(v), strict=True)
-    ]
-    return layout.unpad(rectangles)
+    queries, keys = layouts(context)
+    parts = zip(queries.pad(q), keys.pad(k), keys.pad(v), strict=True)
+    return queries.unpad([_causal(*part, scale=scale) for part in parts])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """q [S, L, H, D], k and v [S, K, G, D]: the queries are the last L of K tokens."""
+    length, seen = q.shape[1], k.shape[1]
+    if length == seen:
+        return _sdpa(q, k, v, scale=scale, causal=True)
+    mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+    return _sdpa(q, k, v, scale=scale, mask=mask)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -73,12 +81,13 @@ def _flash_takes(q: Tensor) -> bool:
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691)."""
-    if "bounds" not in context.memo:
-        lengths = torch.tensor((0, *context.lengths), dtype=torch.int32)
-        context.memo["bounds"] = lengths.cumsum(0, dtype=torch.int32).to(q.device)
-    bounds, longest = context.memo["bounds"], context.longest
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
+    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691).
+
+    Of fewer queries than keys the last see all keys, which is what a sequence from an earlier rank needs.
+    """
+    bounds, seen = context.bounds
+    longest = context.longest
+    out = varlen_attn(q, k, v, bounds, seen, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
     assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
     return out
 
@@ -127,8 +136,13 @@ def _visible(context: Context, positions: Tensor, dtype: torch.dtype) -> Tensor:
     return visible
 
 
-def _layout(context: Context) -> Padding:
-    if "layout" not in context.memo:
-        context.memo["layout"] = padding.bucketed(context.lengths, context.positions.device)
-    layout: Padding = context.memo["layout"]
-    return layout
+def layouts(context: Context) -> tuple[Padding, Padding]:
+    """Rectangles of the new tokens, and of the tokens they see."""
+    if "layouts" not in context.memo:
+        device = context.positions.device
+        if context.shard is None:
+            context.memo["layouts"] = (padding.bucketed(context.lengths, device),) * 2
+        else:
+            context.memo["layouts"] = padding.continued(context.lengths, context.earlier, device)
+    arranged: tuple[Padding, Padding] = context.memo["layouts"]
+    return arranged

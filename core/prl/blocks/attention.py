@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from prl.blocks.rope import RotaryEmbedding, rotate
 
 class GroupedQueryAttention(nn.Module):
     """A mixer. `qkv_proj` holds the rows of q (all heads), k and v, in this order."""
+
+    kind: ClassVar[str] = "attention"
 
     def __init__(
         self,
@@ -43,6 +47,8 @@ class GroupedQueryAttention(nn.Module):
         if self.rope is not None:
             qk = rotate(qk, self.rope.tables(context, qk.dtype))
         q, k = qk.split((self.heads, self.kv_heads), 1)
+        if context.shard is not None:
+            k, v = context.with_earlier(torch.cat((k, v), 2)).split(self.head_dim, 2)
         cache = None if context.caches is None else context.caches[layer_index]
         mixed = attend(q, k, v, context, scale=self.head_dim**-0.5, cache=cache)
         projected: Tensor = self.o_proj(mixed.flatten(1))

@@ -5,12 +5,13 @@ Model plugins compose it; trainer and engine call it as `prl.providers.LanguageM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
@@ -42,21 +43,47 @@ class Sublayer:
     """`forward(x [T, hidden], context, layer_index) -> [T, hidden]`"""
 
 
+ALL = "all"
+
+
+def _again_in_backward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Nothing in a layer draws random numbers, so no generator's state is kept."""
+    output: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
 class Layer(nn.Module):
     """Pre-norm residual sublayers, in order: two for a transformer, one for a hybrid of single mixers."""
 
     def __init__(self, *sublayers: Sublayer) -> None:
         super().__init__()
         self.order = [(sublayer.norm_name, sublayer.mixer_name) for sublayer in sublayers]
+        self.recompute: frozenset[str] = frozenset()
+        """What the backward pass computes again instead of the forward pass keeping it: kinds of mixers, or `ALL`."""
+        self.run: Callable[[Tensor, Context, int], Tensor] = self.mix
+        """`mix`, or `mix` compiled."""
         for sublayer in sublayers:
             self.add_module(sublayer.norm_name, sublayer.norm)
             self.add_module(sublayer.mixer_name, sublayer.mixer)
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
+        if ALL in self.recompute and torch.is_grad_enabled():
+            return _again_in_backward(self.run, x, context, layer_index)
+        return self.run(x, context, layer_index)
+
+    def mix(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        """One sublayer after the other."""
         for norm, mixer in self.order:
-            x = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
+            if getattr(getattr(self, mixer), "kind", "") in self.recompute and torch.is_grad_enabled():
+                x = _again_in_backward(self._sublayer, norm, mixer, x, context, layer_index)
+            else:
+                x = self._sublayer(norm, mixer, x, context, layer_index)
         return x
+
+    def _sublayer(self, norm: str, mixer: str, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        added: Tensor = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
+        return added
 
     def new_cache(self, rows: int, length: int) -> Any:
         """Of the layer's caching mixer: there is one at most."""

@@ -6,9 +6,13 @@ the key that heads share. Two ways to the same result:
     expanded   every head's keys and values are computed from the latents: cheapest when all tokens are new
     absorbed   queries are taken into the latent space and attend to the latents themselves: grouped-query attention
                with one key head of kv_rank + rope_dim, which is all a cache must hold
+
+Latents are also all that ranks which share a sequence must exchange.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import attrs
 import torch
@@ -66,6 +70,8 @@ class MultiHeadLatentAttention(nn.Module):
     With an `indexer` (or the selection of an earlier layer's) attention is sparse.
     """
 
+    kind: ClassVar[str] = "attention"
+
     def __init__(
         self,
         sizes: LatentHeads,
@@ -94,11 +100,13 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent = self.q_a_layernorm(q_latent)
         latent = torch.cat((self.kv_a_layernorm(latent), rotate(k_rope[:, None], tables)[:, 0]), 1)
         q_nope, q_rope = self._queries(q_latent, tables)
-        selection = None if self.indexer is None else self.indexer(x, q_latent, context, cache and cache.index)
+        selection: Selection | None = None
+        if self.indexer is not None:
+            selection = self.indexer(x, q_latent, context, layer_index, cache and cache.index)
         if context.past_max == 0:
             if cache is not None:
                 cache.latents.write(latent[:, None], latent[:, None], context)
-            mixed = self.expanded(q_nope, q_rope, latent, context, selection=selection)
+            mixed = self.expanded(q_nope, q_rope, context.with_earlier(latent), context, selection=selection)
         else:
             mixed = self.absorbed(q_nope, q_rope, latent, context, selection=selection, cache=cache and cache.latents)
         projected: Tensor = self.o_proj(mixed.flatten(1))
@@ -107,7 +115,10 @@ class MultiHeadLatentAttention(nn.Module):
     def expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, context: Context, *, selection: Selection | None
     ) -> Tensor:
-        """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, kv_rank + rope] -> [T, H, value_dim]."""
+        """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, kv_rank + rope] -> [T, H, value_dim].
+
+        Where ranks share sequences `latent` has the earlier tokens too.
+        """
         sizes = self.sizes
         normed, k_rope = torch.split(latent, [sizes.kv_rank, sizes.rope_dim], 1)
         k_nope, v = self.kv_b_proj(normed).unflatten(1, (sizes.heads, -1)).split((sizes.nope_dim, sizes.value_dim), 2)

@@ -4,7 +4,7 @@ down(relu(up(x))^2) (So et al. 2021, arXiv:2109.08668).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class _SwiGlu(Function):
 class GatedMLP(nn.Module):
     """A mixer. `gate_up_proj` holds the rows of gate, then those of up."""
 
+    kind: ClassVar[str] = "mlp"
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
@@ -60,6 +62,8 @@ class GatedMLP(nn.Module):
 
 class SquaredReluMLP(nn.Module):
     """A mixer without a gate."""
+
+    kind: ClassVar[str] = "mlp"
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

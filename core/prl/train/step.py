@@ -23,9 +23,18 @@ from torch import Tensor
 
 from prl.blocks.context import Context
 from prl.errors import RunError
+from prl.score.pack import round_up
 from prl.train.logprobs import TokenScores, token_scores
-from prl.train.parallel import clip_gradients
-from prl.train.streams import PredictedTokens, StreamLoss, no_tokens, predicted_tokens, stream_losses
+from prl.train.parallel.context import ContextGroup
+from prl.train.parallel.gradients import clip_gradients
+from prl.train.streams import (
+    PredictedTokens,
+    StreamLoss,
+    brought_together,
+    no_tokens,
+    predicted_tokens,
+    stream_losses,
+)
 from prl.types import Batch, Int32, MicroBatch, Stream
 
 
@@ -49,15 +58,19 @@ class Stepper:
     logprob_chunk: int
     max_grad_norm: float
     device: torch.device
+    context: ContextGroup | None = None
+    """Who shares this rank's sequences, and reports their sums if it is the first of them."""
 
     def step(self, batch: Batch, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepReport:
         """Train on this rank's `micro_batches`; every rank must bring the same number of them (they may be empty)."""
         started = time.perf_counter()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         for micro in micro_batches:
-            self._accumulate(micro if len(micro.tokens) else no_tokens(), batch, sums)
+            self._accumulate(micro if len(micro.tokens) or micro.shard else no_tokens(), batch, sums)
         computed = time.perf_counter()
         grad_norm = self._move(batch.step, learning_rate)
+        if self.context is not None and self.context.index:
+            sums.clear()
         totals = torch.stack(list(sums.values())).tolist() if sums else []
         return StepReport(
             sums=dict(zip(sums, totals, strict=True)),
@@ -69,6 +82,8 @@ class Stepper:
         """Forward and backward of one micro-batch; its sums are added to `sums`."""
         tokens = predicted_tokens(micro, batch.version, self.device)
         scores = self._score(micro, tokens)
+        if self.context is not None:
+            tokens, scores = brought_together(tokens, scores, self.context)
         # A sum over nothing: connects every parameter to the loss, so that a rank whose micro-batch trains no token
         # still takes part in the collectives of the backward pass.
         total = scores.logprobs[:0].sum()
@@ -83,7 +98,7 @@ class Stepper:
     def _score(self, micro: MicroBatch, tokens: PredictedTokens) -> TokenScores:
         packed, cu_seqlens = _round_up(micro)
         with self.device:
-            context = Context.packed(torch.tensor(cu_seqlens, device="cpu"))
+            context = Context.packed(torch.tensor(cu_seqlens, device="cpu"), shard=self.context)
         hidden = self.model.hidden(torch.tensor(packed, dtype=torch.int64, device=self.device), context)
         return token_scores(
             hidden.index_select(0, tokens.rows),
@@ -109,14 +124,19 @@ class Stepper:
 def _round_up(micro: MicroBatch) -> tuple[Int32, Int32]:
     """Tokens [T'] and cu_seqlens with a document of padding at the end, so that few distinct lengths T' occur.
 
-    Kernels that are prepared for each shape (oneDNN's primitives, megabytes each; compiled ones) are then prepared
-    once. At most 1/32 is added; samples of equal length repeat their shape as they are.
+    Samples of equal length repeat their shape as they are. Under a shard T' and the padding are the same on all ranks,
+    and cu_seqlens those of all ranks' tokens.
     """
     count = len(micro.tokens)
-    padding = -count % (1 << max(0, count.bit_length() - 6))
-    if padding == 0 or len(set(np.diff(micro.cu_seqlens).tolist())) == 1:
+    if micro.shard is not None:
+        rows, total = micro.shard.rows, micro.shard.rows * micro.shard.count
+        tokens = micro.tokens[:rows]
+        ends = micro.cu_seqlens if micro.cu_seqlens[-1] == total else np.append(micro.cu_seqlens, np.int32(total))
+        return np.pad(tokens, (0, rows - len(tokens))), ends
+    padded = round_up(count)
+    if padded == count or len(set(np.diff(micro.cu_seqlens).tolist())) == 1:
         return micro.tokens, micro.cu_seqlens
-    return np.pad(micro.tokens, (0, padding)), np.append(micro.cu_seqlens, np.int32(count + padding))
+    return np.pad(micro.tokens, (0, padded - count)), np.append(micro.cu_seqlens, np.int32(padded))
 
 
 @torch.no_grad()
