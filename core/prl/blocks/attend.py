@@ -57,6 +57,14 @@ def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: fl
     return queries.unpad([_causal(*part, scale=scale) for part in parts])
 
 
+def prepare(q_like: Tensor, context: Context) -> None:
+    """Compute ahead what `attend` finds in the context, so that a compiled layer only reads there."""
+    if _flash_takes(q_like):
+        _ = context.bounds
+    else:
+        layouts(context)
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """q [S, L, H, D], k and v [S, K, G, D]: the queries are the last L of K tokens."""
     length, seen = q.shape[1], k.shape[1]

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from prl.blocks.attend import attend
+from prl.blocks.attend import attend, prepare
 from prl.blocks.cache import KeyValueCache
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
@@ -53,6 +53,12 @@ class GroupedQueryAttention(nn.Module):
         mixed = attend(q, k, v, context, scale=self.head_dim**-0.5, cache=cache)
         projected: Tensor = self.o_proj(mixed.flatten(1))
         return projected
+
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """Compute ahead what layers share (`prl.blocks.decoder.Preparing`)."""
+        if self.rope is not None:
+            self.rope.tables(context, x.dtype)
+        prepare(x, context)
 
     def new_cache(self, rows: int, length: int) -> KeyValueCache:
         """For `rows` sequences of `length` tokens, where the weights are."""

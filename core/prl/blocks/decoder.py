@@ -32,6 +32,14 @@ class SelfInitialised(Protocol):
     def initialise_own(self) -> None: ...
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """A mixer that computes things in the context which layers share, and can do so ahead of a compiled layer."""
+
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """`x` is like what the mixer will be given."""
+
+
 @attrs.frozen
 class Sublayer:
     """`x + mixer(norm(x))`, and the names of both modules in the layer: those of the family's checkpoints."""
@@ -60,17 +68,19 @@ class Layer(nn.Module):
         self.order = [(sublayer.norm_name, sublayer.mixer_name) for sublayer in sublayers]
         self.recompute: frozenset[str] = frozenset()
         """What the backward pass computes again instead of the forward pass keeping it: kinds of mixers, or `ALL`."""
-        self.run: Callable[[Tensor, Context, int], Tensor] = self.mix
-        """`mix`, or `mix` compiled."""
+        self._run: Callable[[Tensor, Context, int], Tensor] = self.mix
+        self._compiled = False
         for sublayer in sublayers:
             self.add_module(sublayer.norm_name, sublayer.norm)
             self.add_module(sublayer.mixer_name, sublayer.mixer)
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
+        if self._compiled:
+            self._prepare(x, context)
         if ALL in self.recompute and torch.is_grad_enabled():
-            return _again_in_backward(self.run, x, context, layer_index)
-        return self.run(x, context, layer_index)
+            return _again_in_backward(self._run, x, context, layer_index)
+        return self._run(x, context, layer_index)
 
     def mix(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """One sublayer after the other."""
@@ -84,6 +94,16 @@ class Layer(nn.Module):
     def _sublayer(self, norm: str, mixer: str, x: Tensor, context: Context, layer_index: int) -> Tensor:
         added: Tensor = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
         return added
+
+    def compile_mix(self, **options: Any) -> None:
+        """Have torch.compile, with `options`, make one kernel out of many; what layers share is computed outside."""
+        self._run, self._compiled = torch.compile(self.mix, **options), True
+
+    def _prepare(self, x: Tensor, context: Context) -> None:
+        for _, mixer in self.order:
+            module = getattr(self, mixer)
+            if isinstance(module, Preparing):
+                module.prepare(x, context)
 
     def new_cache(self, rows: int, length: int) -> Any:
         """Of the layer's caching mixer: there is one at most."""

@@ -164,6 +164,10 @@ class Mamba2(nn.Module):
         projected: Tensor = self.out_proj(normed)
         return projected
 
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """Compute ahead what layers share (`prl.blocks.decoder.Preparing`)."""
+        layouts(context)
+
     def new_cache(self, rows: int, length: int) -> RecurrentCache:
         """For `rows` sequences, where the weights are; the length does not matter."""
         weight = self.in_proj.weight

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prl.blocks.attend import attend
+from prl.blocks.attend import attend, prepare
 from prl.blocks.cache import SharedKeyCache
 from prl.blocks.context import Context
-from prl.blocks.dsa import IndexCache, Indexer, Selection, SharedIndex, sparse_attend
+from prl.blocks.dsa import IndexCache, Indexer, Selection, SharedIndex, rectangles, sparse_attend
 from prl.blocks.linear import Linear
 from prl.blocks.norm import RMSNorm
 from prl.blocks.rope import RotaryEmbedding, Tables, rotate
@@ -146,6 +146,13 @@ class MultiHeadLatentAttention(nn.Module):
         q, k = torch.cat((q_latent, q_rope), 2), latent[:, None]
         mixed = _attend(q, k, k, context, scale=self.scale, selection=selection, cache=cache)[..., : sizes.kv_rank]
         return torch.bmm(mixed.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """Compute ahead what layers share (`prl.blocks.decoder.Preparing`)."""
+        self.rope.tables(context, x.dtype)
+        prepare(x, context)
+        if self.indexer is not None:
+            rectangles(context)
 
     def new_cache(self, rows: int, length: int) -> LatentCache:
         """For `rows` sequences of `length` tokens, where the weights are."""

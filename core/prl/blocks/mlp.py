@@ -17,7 +17,7 @@ from prl.blocks.linear import Linear
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2 F] = [gate | up] -> silu(gate) * up [N, F]."""
-    if torch.is_grad_enabled() and gate_up.device.type == "cpu":
+    if torch.is_grad_enabled() and gate_up.device.type == "cpu" and not torch.compiler.is_compiling():
         gated: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
         return gated
     gate, up = gate_up.chunk(2, -1)

@@ -163,7 +163,9 @@ class MixtureOfExperts(nn.Module):
         """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D]."""
         tokens, count = chosen.shape
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.gate.weight))
+        # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
+        counts = torch.zeros(len(self.gate.weight), dtype=torch.int64, device=x.device)
+        counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
         copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
         sorted_outputs = self.run_experts(self.experts, copies.index_select(0, order), counts)
