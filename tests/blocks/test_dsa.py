@@ -129,15 +129,15 @@ def test_short_caches_hold_no_index_keys() -> None:
 
 def test_layers_without_an_indexer_share_the_choice() -> None:
     context = packed(9)
-    selection = indexer()(*inputs(9), context, None)
-    assert SharedIndex()(*inputs(9, seed=5), context, None) is selection
+    selection = indexer()(*inputs(9), context, 0, None)
+    assert SharedIndex()(*inputs(9, seed=5), context, 1, None) is selection
 
 
 def test_sparse_attention_by_definition() -> None:
     draw = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(9, heads, 8, generator=draw, requires_grad=True) for heads in (4, 2, 2))
     context = packed(9)
-    selection = indexer()(*inputs(9), context, None)
+    selection = indexer()(*inputs(9), context, 0, None)
     out = sparse_attend(q, k, v, context, scale=0.3, selection=selection)
     rows = []
     for token in range(9):

@@ -27,6 +27,10 @@ from prl.blocks.padding import Padding
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 takes grouped keys without being told."""
 
+_LONG = 4096
+"""Tokens of a document from which torch's fixed-length attention outruns its variable-length kernel on a Hopper GPU, where
+it may take cuDNN's (benchmarks/train_gpu.py --only attention)."""
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float, cache: KeysAndValues | None = None
@@ -51,7 +55,7 @@ def attend(
 def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
     """All keys and values are there: block-diagonal causal attention."""
     if _flash_takes(q):
-        return _variable_length(q, k, v, context, scale)
+        return (_by_document if _are_long(context) else _variable_length)(q, k, v, context, scale)
     queries, keys = layouts(context)
     parts = zip(queries.pad(q), keys.pad(k), keys.pad(v), strict=True)
     return queries.unpad([_causal(*part, scale=scale) for part in parts])
@@ -60,7 +64,8 @@ def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: fl
 def prepare(q_like: Tensor, context: Context) -> None:
     """Compute ahead what `attend` finds in the context, so that a compiled layer only reads there."""
     if _flash_takes(q_like):
-        _ = context.bounds
+        if not _are_long(context):
+            _ = context.bounds
     else:
         layouts(context)
 
@@ -86,6 +91,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False
 
 def _flash_takes(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _are_long(context: Context) -> bool:
+    """Long enough, on average, for one call per document."""
+    if "long" not in context.memo:
+        context.memo["long"] = context.earlier == 0 and sum(context.lengths) >= _LONG * len(context.lengths)
+    long: bool = context.memo["long"]
+    return long
+
+
+@torch.compiler.disable
+def _by_document(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
+    """One fixed-length kernel per document; how many there are is nothing to compile for."""
+    lengths = context.lengths
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outputs = [_sdpa(*(part[None] for part in document), scale=scale, causal=True)[0] for document in parts]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:

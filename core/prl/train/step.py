@@ -58,6 +58,8 @@ class Stepper:
     logprob_chunk: int
     max_grad_norm: float
     device: torch.device
+    compiled: bool = False
+    """Compile what is done with the logits."""
     context: ContextGroup | None = None
     """Who shares this rank's sequences, and reports their sums if it is the first of them."""
 
@@ -106,6 +108,7 @@ class Stepper:
             targets=tokens.targets,
             temperatures=tokens.temperatures,
             chunk=self.logprob_chunk,
+            compiled=self.compiled,
             entropy="rl" in tokens.weights or any("entropy" in loss.needs for loss in self.losses.values()),
         )
 

@@ -31,6 +31,7 @@ from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, T
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
 from prl.run_dir import RunDir
+from prl.train import layers
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter, HuggingFaceExport
 from prl.train.layout import layout_of
@@ -177,6 +178,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             logprob_chunk=run.trainer.logprob_chunk,
             max_grad_norm=run.trainer.max_grad_norm,
             device=ranks.device,
+            compiled=run.trainer.compile,
             context=ranks.context,
         ),
         state=state,
@@ -215,6 +217,7 @@ def _build_model(
     cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
     if run.trainer.initial_weights:
         checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
+    layers.apply(model, run.trainer)
     ranks.shard(model)
     return model
 
