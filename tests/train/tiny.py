@@ -153,6 +153,28 @@ def _random_sample(draw: np.random.Generator, index: int, version: int) -> Sampl
     )
 
 
+def siblings(seed: int = 0, *, count: int = 4, prompt: int = 6) -> list[Sample]:
+    """Samples of one prompt, of which the answers have 1 to 5 tokens, all in the rl stream."""
+    draw = np.random.default_rng(seed)
+    prompt_tokens = draw.integers(0, VOCAB, prompt)
+    samples = []
+    for _ in range(count):
+        length = prompt + int(draw.integers(1, 6))
+        sampled = np.arange(length) >= prompt
+        samples.append(
+            Sample(
+                tokens=np.append(prompt_tokens, draw.integers(0, VOCAB, length - prompt)).astype(np.int32),
+                sampled=sampled,
+                engine_logprobs=np.where(sampled, -np.log(VOCAB), 0).astype(np.float32),
+                versions=np.where(sampled, 5, -1).astype(np.int32),
+                advantages=np.where(sampled, draw.standard_normal(), 0).astype(np.float32),
+                temperature=1.0,
+                weights={"rl": sampled.astype(np.float32)},
+            )
+        )
+    return samples
+
+
 def pack_batch(
     samples: Sequence[Sample], *, ranks: int = 1, micro_batch_tokens: int = 1000, step: int = 6, version: int = 5
 ) -> Batch:
@@ -167,9 +189,7 @@ def commit_checkpoint(path: Path, *, step: int) -> None:
         for file in folder.rglob("*")
         if file.is_file()
     }
-    checkpoint_dir.commit(
-        path, CheckpointManifest(format=checkpoint_dir.FORMAT, step=step, identity={}, files=files)
-    )
+    checkpoint_dir.commit(path, CheckpointManifest(format=checkpoint_dir.FORMAT, step=step, identity={}, files=files))
 
 
 def gradients_of(batch: Batch, *, model_name: str = "tiny", **changes: object) -> dict[str, Tensor]:

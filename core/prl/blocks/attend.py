@@ -78,9 +78,11 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: f
         lengths = torch.tensor((0, *context.lengths), dtype=torch.int32)
         context.memo["bounds"] = lengths.cumsum(0, dtype=torch.int32).to(q.device)
     bounds, longest = context.memo["bounds"], context.longest
+    if context.shared is not None:
+        q, k, v = (context.shared.expand(x) for x in (q, k, v))
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
     assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
-    return out
+    return out if context.shared is None else context.shared.collect(out)
 
 
 def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:
@@ -129,6 +131,7 @@ def _visible(context: Context, positions: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _layout(context: Context) -> Padding:
     if "layout" not in context.memo:
-        context.memo["layout"] = padding.bucketed(context.lengths, context.positions.device)
+        packed = padding.bucketed(context.lengths, context.positions.device)
+        context.memo["layout"] = packed if context.shared is None else packed.through(context.shared)
     layout: Padding = context.memo["layout"]
     return layout

@@ -16,6 +16,8 @@ from prl.blocks.rope import RotaryEmbedding, rotate
 class GroupedQueryAttention(nn.Module):
     """A mixer. `qkv_proj` holds the rows of q (all heads), k and v, in this order."""
 
+    shares_prefixes = True
+
     def __init__(
         self,
         *,

@@ -16,6 +16,22 @@ import torch
 from torch import Tensor
 
 
+@attrs.frozen(eq=False)
+class SharedPrefixes:
+    """Sequences that begin alike, where what they have in common is computed once: `U` rows for `T` tokens."""
+
+    source: Tensor  # [T] int64, the row that computes each token
+    kept: Tensor  # [U] int64, a token that each row computes
+
+    def expand(self, x: Tensor) -> Tensor:
+        """x [U, ...] -> [T, ...]"""
+        return x.index_select(0, self.source)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """x [T, ...], equal for tokens that a row computes together -> [U, ...]"""
+        return x.index_select(0, self.kept)
+
+
 @attrs.define(kw_only=True)
 class Context:
     """Built once per forward pass and shared by all layers.
@@ -43,16 +59,21 @@ class Context:
     """Largest of `past + lengths`: how far attention looks into the caches. Known on the host."""
     decoding: bool = False
     """Every sequence has exactly one new token: `positions` equals `past`."""
+    shared: SharedPrefixes | None = None
+    """When training, and the model `shares_prefixes`: what it is given are `U` rows, and so is `positions`. Only what
+    looks at other tokens of a sequence expands them to the `T` tokens that `lengths` count."""
     memo: dict[Any, Any] = attrs.field(factory=dict)
     """What a layer computed that the next layers can share: rope tables, masks."""
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor) -> Context:
+    def packed(cls, cu_seqlens: Tensor, shared: SharedPrefixes | None = None) -> Context:
         """For training: cu_seqlens [S + 1] int, host side; positions are built on the current default device."""
         bounds = cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in pairwise(bounds))
         positions = _positions(lengths, first=[0] * len(lengths))
-        return cls(lengths=lengths, positions=positions, longest=max(lengths, default=0))
+        if shared is not None:
+            positions = shared.collect(positions)
+        return cls(lengths=lengths, positions=positions, longest=max(lengths, default=0), shared=shared)
 
     @classmethod
     def cached(

@@ -47,6 +47,8 @@ class _SwiGlu(Function):
 class GatedMLP(nn.Module):
     """A mixer. `gate_up_proj` holds the rows of gate, then those of up."""
 
+    shares_prefixes = True
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
@@ -60,6 +62,8 @@ class GatedMLP(nn.Module):
 
 class SquaredReluMLP(nn.Module):
     """A mixer without a gate."""
+
+    shares_prefixes = True
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

@@ -17,16 +17,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 
-from prl.blocks.context import Context
+from prl.blocks.context import Context, SharedPrefixes
 from prl.errors import RunError
 from prl.train.logprobs import TokenScores, token_scores
 from prl.train.parallel import clip_gradients
+from prl.train.rows import Rows, rows_of
 from prl.train.streams import PredictedTokens, StreamLoss, no_tokens, predicted_tokens, stream_losses
-from prl.types import Batch, Int32, MicroBatch, Stream
+from prl.types import Batch, MicroBatch, Stream
 
 
 @attrs.frozen(kw_only=True)
@@ -81,18 +81,24 @@ class Stepper:
         _add_diagnostics(tokens, scores, sums)
 
     def _score(self, micro: MicroBatch, tokens: PredictedTokens) -> TokenScores:
-        packed, cu_seqlens = _round_up(micro)
+        rows = rows_of(micro, share=getattr(self.model, "shares_prefixes", False))
+        shared = self._shared(rows)
         with self.device:
-            context = Context.packed(torch.tensor(cu_seqlens, device="cpu"))
-        hidden = self.model.hidden(torch.tensor(packed, dtype=torch.int64, device=self.device), context)
+            context = Context.packed(torch.tensor(rows.cu_seqlens, device="cpu"), shared)
+        hidden = self.model.hidden(torch.tensor(rows.tokens, dtype=torch.int64, device=self.device), context)
         return token_scores(
-            hidden.index_select(0, tokens.rows),
+            hidden.index_select(0, tokens.rows if shared is None else shared.source[tokens.rows]),
             self.model.head(),
             targets=tokens.targets,
             temperatures=tokens.temperatures,
             chunk=self.logprob_chunk,
             entropy="rl" in tokens.weights or any("entropy" in loss.needs for loss in self.losses.values()),
         )
+
+    def _shared(self, rows: Rows) -> SharedPrefixes | None:
+        if rows.source is None or rows.kept is None:
+            return None
+        return SharedPrefixes(*(torch.tensor(index, device=self.device) for index in (rows.source, rows.kept)))
 
     def _move(self, step: int, learning_rate: float) -> float:
         """Clip, step, forget the gradient; returns the gradient's norm before clipping."""
@@ -104,19 +110,6 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-
-def _round_up(micro: MicroBatch) -> tuple[Int32, Int32]:
-    """Tokens [T'] and cu_seqlens with a document of padding at the end, so that few distinct lengths T' occur.
-
-    Kernels that are prepared for each shape (oneDNN's primitives, megabytes each; compiled ones) are then prepared
-    once. At most 1/32 is added; samples of equal length repeat their shape as they are.
-    """
-    count = len(micro.tokens)
-    padding = -count % (1 << max(0, count.bit_length() - 6))
-    if padding == 0 or len(set(np.diff(micro.cu_seqlens).tolist())) == 1:
-        return micro.tokens, micro.cu_seqlens
-    return np.pad(micro.tokens, (0, padding)), np.append(micro.cu_seqlens, np.int32(count + padding))
 
 
 @torch.no_grad()

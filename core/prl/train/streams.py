@@ -84,7 +84,7 @@ def predicted_tokens(micro: MicroBatch, version: int, device: torch.device) -> P
     sample_ids = np.repeat(np.arange(len(lengths)), lengths)
     stale = micro.sampled & (micro.versions != version)
     sample_is_stale = np.bincount(sample_ids[stale], minlength=len(lengths)) > 0
-    chosen = np.flatnonzero(_is_scored(micro))
+    chosen = np.flatnonzero(is_scored(micro))
 
     def column(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values[chosen], dtype=dtype, device=device)
@@ -105,7 +105,7 @@ def predicted_tokens(micro: MicroBatch, version: int, device: torch.device) -> P
     )
 
 
-def _is_scored(micro: MicroBatch) -> NDArray[np.bool_]:
+def is_scored(micro: MicroBatch) -> NDArray[np.bool_]:
     """[T] True for tokens that someone wants to know about and that have a predecessor in their sample."""
     scored = micro.sampled.copy()
     for weights in micro.weights.values():
