@@ -105,9 +105,12 @@ def _are_long(context: Context) -> bool:
 def _by_document(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
     """One fixed-length kernel per document; how many there are is nothing to compile for."""
     lengths = context.lengths
+    if context.shared is not None:
+        q, k, v = (context.shared.expand(x) for x in (q, k, v))
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     outputs = [_sdpa(*(part[None] for part in document), scale=scale, causal=True)[0] for document in parts]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return out if context.shared is None else context.shared.collect(out)
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
@@ -117,9 +120,11 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: f
     """
     bounds, seen = context.bounds
     longest = context.longest
+    if context.shared is not None:
+        q, k, v = (context.shared.expand(x) for x in (q, k, v))
     out = varlen_attn(q, k, v, bounds, seen, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
     assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
-    return out
+    return out if context.shared is None else context.shared.collect(out)
 
 
 def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:
@@ -169,10 +174,14 @@ def _visible(context: Context, positions: Tensor, dtype: torch.dtype) -> Tensor:
 def layouts(context: Context) -> tuple[Padding, Padding]:
     """Rectangles of the new tokens, and of the tokens they see."""
     if "layouts" not in context.memo:
-        device = context.positions.device
-        if context.shard is None:
-            context.memo["layouts"] = (padding.bucketed(context.lengths, device),) * 2
-        else:
-            context.memo["layouts"] = padding.continued(context.lengths, context.earlier, device)
+        context.memo["layouts"] = _arranged(context)
     arranged: tuple[Padding, Padding] = context.memo["layouts"]
     return arranged
+
+
+def _arranged(context: Context) -> tuple[Padding, Padding]:
+    device = context.positions.device
+    if context.shard is not None:
+        return padding.continued(context.lengths, context.earlier, device)
+    packed = padding.bucketed(context.lengths, device)
+    return (packed if context.shared is None else packed.through(context.shared),) * 2

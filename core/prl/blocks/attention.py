@@ -19,6 +19,7 @@ class GroupedQueryAttention(nn.Module):
     """A mixer. `qkv_proj` holds the rows of q (all heads), k and v, in this order."""
 
     kind: ClassVar[str] = "attention"
+    shares_prefixes = True
 
     def __init__(
         self,

@@ -30,6 +30,22 @@ class SequenceShard(Protocol):
         """x [T, ...] of this rank -> [count * T, ...] of all ranks in order; gradients add up. A collective."""
 
 
+@attrs.frozen(eq=False)
+class SharedPrefixes:
+    """Sequences that begin alike, where what they have in common is computed once: `U` rows for `T` tokens."""
+
+    source: Tensor  # [T] int64, the row that computes each token
+    kept: Tensor  # [U] int64, a token that each row computes
+
+    def expand(self, x: Tensor) -> Tensor:
+        """x [U, ...] -> [T, ...]"""
+        return x.index_select(0, self.source)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """x [T, ...], equal for tokens that a row computes together -> [U, ...]"""
+        return x.index_select(0, self.kept)
+
+
 @attrs.define(kw_only=True)
 class Context:
     """Built once per forward pass and shared by all layers.
@@ -61,21 +77,31 @@ class Context:
     """Who holds the rest of the packed tokens; None: nobody does."""
     earlier: int = 0
     """Tokens of the first sequence that lie on earlier ranks."""
+    shared: SharedPrefixes | None = None
+    """When training, and the model `shares_prefixes`: what it is given are `U` rows, and so is `positions`. Only what
+    looks at other tokens of a sequence expands them to the `T` tokens that `lengths` count."""
     memo: dict[Any, Any] = attrs.field(factory=dict)
     """What a layer computed that the next layers can share: rope tables, masks."""
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor, *, shard: SequenceShard | None = None) -> Context:
+    def packed(
+        cls, cu_seqlens: Tensor, shared: SharedPrefixes | None = None, *, shard: SequenceShard | None = None
+    ) -> Context:
         """For training: cu_seqlens [S + 1] int, host side; positions are built on the current default device.
 
-        With a shard, `cu_seqlens` are those of all ranks' tokens, whose number is a multiple of the ranks'.
+        With a shard, `cu_seqlens` are those of all ranks' tokens, whose number is a multiple of the ranks'; nothing is
+        shared then.
         """
         bounds = cu_seqlens.tolist()
         longest = max((b - a for a, b in pairwise(bounds)), default=0)
         bounds, earlier = _share(bounds, shard)
         lengths = tuple(b - a for a, b in pairwise(bounds))
         positions = _positions(lengths, first=[earlier, *[0] * (len(lengths) - 1)] if lengths else [])
-        return cls(lengths=lengths, positions=positions, longest=longest, shard=shard, earlier=earlier)
+        if shared is not None:
+            positions = shared.collect(positions)
+        return cls(
+            lengths=lengths, positions=positions, longest=longest, shared=shared, shard=shard, earlier=earlier
+        )
 
     @classmethod
     def cached(

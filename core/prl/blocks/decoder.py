@@ -5,7 +5,7 @@ Model plugins compose it; trainer and engine call it as `prl.providers.LanguageM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import attrs
@@ -95,23 +95,23 @@ class Layer(nn.Module):
         added: Tensor = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
         return added
 
+    def mixers(self) -> Iterator[nn.Module]:
+        """In order."""
+        return (getattr(self, mixer) for _, mixer in self.order)
+
     def compile_mix(self, **options: Any) -> None:
         """Have torch.compile, with `options`, make one kernel out of many; what layers share is computed outside."""
         self._run, self._compiled = torch.compile(self.mix, **options), True
 
     def _prepare(self, x: Tensor, context: Context) -> None:
-        for _, mixer in self.order:
-            module = getattr(self, mixer)
-            if isinstance(module, Preparing):
-                module.prepare(x, context)
+        for mixer in self.mixers():
+            if isinstance(mixer, Preparing):
+                mixer.prepare(x, context)
 
     def new_cache(self, rows: int, length: int) -> Any:
         """Of the layer's caching mixer: there is one at most."""
-        for _, mixer in self.order:
-            module = getattr(self, mixer)
-            if isinstance(module, CachingMixer):
-                return module.new_cache(rows, length)
-        return None
+        caching = (mixer for mixer in self.mixers() if isinstance(mixer, CachingMixer))
+        return next((mixer.new_cache(rows, length) for mixer in caching), None)
 
 
 class Decoder(nn.Module):
@@ -125,6 +125,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.lm_head = None if tied_embeddings else Linear(hidden_size, vocab_size)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether every mixer can be given rows that several sequences share (`Context.shared`)."""
+        return all(
+            getattr(mixer, "shares_prefixes", False) for layer in self.layers for mixer in cast(Layer, layer).mixers()
+        )
 
     def hidden(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [T] int64 -> final normed hidden states [T, hidden]."""

@@ -92,6 +92,10 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(sizes.heads * sizes.value_dim, hidden_size)
         self.indexer = indexer
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.indexer is None
+
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
         sizes, tables = self.sizes, self.rope.tables(context, x.dtype)

@@ -48,6 +48,7 @@ class GatedMLP(nn.Module):
     """A mixer. `gate_up_proj` holds the rows of gate, then those of up."""
 
     kind: ClassVar[str] = "mlp"
+    shares_prefixes = True
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class SquaredReluMLP(nn.Module):
     """A mixer without a gate."""
 
     kind: ClassVar[str] = "mlp"
+    shares_prefixes = True
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

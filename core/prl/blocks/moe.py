@@ -143,6 +143,7 @@ class MixtureOfExperts(nn.Module):
     """A mixer: router and experts, and optionally a shared expert (itself a mixer) that every token goes through."""
 
     kind: ClassVar[str] = "experts"
+    shares_prefixes = True
 
     def __init__(
         self, router: SoftmaxRouter | SigmoidRouter, experts: nn.Module, *, shared: nn.Module | None = None

@@ -13,6 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from prl.blocks.context import SharedPrefixes
+
 _MAX_STRETCH = 1.5
 """A sequence is padded to at most this many times its length."""
 
@@ -24,9 +26,10 @@ class Padding:
     shapes: tuple[tuple[int, int], ...]
     """(sequences, length) of each rectangle; P is the sum of their areas."""
     source: Tensor | None
-    """[P] packed token at each place, any token at padding; None when the packed tokens are one rectangle already."""
+    """[P] packed token (or the row that computes it) at each place, any at padding; None when the packed tokens are one
+    rectangle already."""
     places: Tensor | None
-    """[T] place of each packed token."""
+    """[T] place of each packed token (or [U], one place of each row)."""
 
     def pad(self, x: Tensor) -> Iterator[Tensor]:
         """x [T, ...] -> one [sequences, length, ...] for each rectangle."""
@@ -41,6 +44,14 @@ class Padding:
         parts = [part.flatten(0, 1) for part in rectangles]
         padded = torch.cat(parts) if len(parts) > 1 else parts[0]
         return padded if self.places is None else padded.index_select(0, self.places)
+
+    def through(self, shared: SharedPrefixes) -> Padding:
+        """For `U` rows that compute the `T` packed tokens: a row goes to every place of its tokens."""
+        return Padding(
+            self.shapes,
+            shared.source if self.source is None else shared.source.index_select(0, self.source),
+            shared.kept if self.places is None else shared.collect(self.places),
+        )
 
 
 def bucketed(lengths: Sequence[int], device: torch.device) -> Padding:

@@ -16,6 +16,10 @@ from prl.errors import UserError
 def apply(model: nn.Module, trainer: TrainerSection) -> None:
     """Set every layer of a `prl.providers.LanguageModel` up; before the model is divided over ranks."""
     again = {"none": (), "full": (ALL,), "selective": trainer.recompute}[trainer.activation_checkpointing]
+    if trainer.compile:
+        # Layers of several kinds share their code, and torch gives up on code it has compiled too often.
+        count = len(list(model.get_submodule("layers").children()))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * count)
     if again or trainer.compile:
         for layer in _layers(model):
             layer.recompute = frozenset(again)

@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 
-from prl.blocks.context import Context
+from prl.blocks.context import Context, SharedPrefixes
 from prl.errors import RunError
-from prl.score.pack import round_up
 from prl.train.logprobs import TokenScores, token_scores
 from prl.train.parallel.context import ContextGroup
 from prl.train.parallel.gradients import clip_gradients
+from prl.train.rows import Rows, rows_of
 from prl.train.streams import (
     PredictedTokens,
     StreamLoss,
@@ -35,7 +34,7 @@ from prl.train.streams import (
     predicted_tokens,
     stream_losses,
 )
-from prl.types import Batch, Int32, MicroBatch, Stream
+from prl.types import Batch, MicroBatch, Stream
 
 
 @attrs.frozen(kw_only=True)
@@ -98,12 +97,13 @@ class Stepper:
         _add_diagnostics(tokens, scores, sums)
 
     def _score(self, micro: MicroBatch, tokens: PredictedTokens) -> TokenScores:
-        packed, cu_seqlens = _round_up(micro)
+        rows = rows_of(micro, share=getattr(self.model, "shares_prefixes", False))
+        shared = self._shared(rows)
         with self.device:
-            context = Context.packed(torch.tensor(cu_seqlens, device="cpu"), shard=self.context)
-        hidden = self.model.hidden(torch.tensor(packed, dtype=torch.int64, device=self.device), context)
+            context = Context.packed(torch.tensor(rows.cu_seqlens, device="cpu"), shared, shard=self.context)
+        hidden = self.model.hidden(torch.tensor(rows.tokens, dtype=torch.int64, device=self.device), context)
         return token_scores(
-            hidden.index_select(0, tokens.rows),
+            hidden.index_select(0, tokens.rows if shared is None else shared.source[tokens.rows]),
             self.model.head(),
             targets=tokens.targets,
             temperatures=tokens.temperatures,
@@ -111,6 +111,11 @@ class Stepper:
             compiled=self.compiled,
             entropy="rl" in tokens.weights or any("entropy" in loss.needs for loss in self.losses.values()),
         )
+
+    def _shared(self, rows: Rows) -> SharedPrefixes | None:
+        if rows.source is None or rows.kept is None:
+            return None
+        return SharedPrefixes(*(torch.tensor(index, device=self.device) for index in (rows.source, rows.kept)))
 
     def _move(self, step: int, learning_rate: float) -> float:
         """Clip, step, forget the gradient; returns the gradient's norm before clipping."""
@@ -122,24 +127,6 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-
-def _round_up(micro: MicroBatch) -> tuple[Int32, Int32]:
-    """Tokens [T'] and cu_seqlens with a document of padding at the end, so that few distinct lengths T' occur.
-
-    Samples of equal length repeat their shape as they are. Under a shard T' and the padding are the same on all ranks,
-    and cu_seqlens those of all ranks' tokens.
-    """
-    count = len(micro.tokens)
-    if micro.shard is not None:
-        rows, total = micro.shard.rows, micro.shard.rows * micro.shard.count
-        tokens = micro.tokens[:rows]
-        ends = micro.cu_seqlens if micro.cu_seqlens[-1] == total else np.append(micro.cu_seqlens, np.int32(total))
-        return np.pad(tokens, (0, rows - len(tokens))), ends
-    padded = round_up(count)
-    if padded == count or len(set(np.diff(micro.cu_seqlens).tolist())) == 1:
-        return micro.tokens, micro.cu_seqlens
-    return np.pad(micro.tokens, (0, padded - count)), np.append(micro.cu_seqlens, np.int32(padded))
 
 
 @torch.no_grad()

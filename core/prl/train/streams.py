@@ -93,7 +93,7 @@ def predicted_tokens(micro: MicroBatch, version: int, device: torch.device) -> P
     lengths = np.diff(micro.cu_seqlens)
     first = _first_token(micro)
     sample_ids = np.repeat(np.arange(len(lengths)), lengths)[first : first + len(micro.tokens)]
-    chosen = np.flatnonzero(_is_scored(micro))
+    chosen = np.flatnonzero(is_scored(micro))
 
     def column(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values[chosen], dtype=dtype, device=device)
@@ -117,7 +117,7 @@ def predicted_tokens(micro: MicroBatch, version: int, device: torch.device) -> P
     )
 
 
-def _is_scored(micro: MicroBatch) -> NDArray[np.bool_]:
+def is_scored(micro: MicroBatch) -> NDArray[np.bool_]:
     """[T] True for tokens that someone wants to know about and that have a predecessor in their sample."""
     scored = micro.sampled.copy()
     for weights in micro.weights.values():
