@@ -356,14 +356,14 @@ class WeightTransport(Provider):
     """How the bytes of a version travel from trainer to engine."""
 
     send: Ref
-    """trainer: `(config, run_dir: Path) -> WeightSender`"""
+    """trainer: `(config, run_dir: Path, rank: int) -> WeightSender`; every rank has one and sends tensors of its own"""
     receive: Ref
     """engine: `(config, run_dir: Path) -> WeightReceiver`"""
 
 
 class WeightSender(Protocol):
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """Write every tensor once; when it returns, any engine can fetch the version."""
+        """Write every tensor of this rank once; when it returns, any engine can fetch them. The manifest of the part."""
 
     def retire(self, version: int) -> None:
         """No engine will ask for this version again: free it. Idempotent."""
@@ -373,7 +373,7 @@ class WeightSender(Protocol):
 
 class WeightReceiver(Protocol):
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the manifest, verified; InfrastructureError names the tensor whose checksum differs."""
+        """Every tensor of every part of the manifest, verified; InfrastructureError names the tensor whose checksum differs."""
 
     def close(self) -> None: ...
 

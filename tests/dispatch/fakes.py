@@ -118,7 +118,7 @@ def demonstration(index: int) -> Sample:
 
 def manifest(version: int) -> Manifest:
     record = TensorRecord(name="w", dtype="float32", shape=(1,), offset=0, nbytes=4, checksum=0)
-    return Manifest(version=version, location=f"v{version}", tensors=(record,))
+    return Manifest.single(version=version, location=f"v{version}", tensors=(record,))
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------

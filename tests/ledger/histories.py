@@ -28,7 +28,7 @@ def weights(version: int) -> Manifest:
         TensorRecord(name=name, dtype="float32", shape=(2,), offset=0, nbytes=8, checksum=100 * version + len(name))
         for name in ("w", "bias")
     )
-    return Manifest(version=version, location=f"v{version}", tensors=tensors)
+    return Manifest.single(version=version, location=f"v{version}", tensors=tensors)
 
 
 @attrs.define

@@ -17,7 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from prl.blocks.sharded import local, part_of
+from prl.blocks.weight_map import stacked_views
 from prl.errors import CheckpointError
 from prl.providers import WeightMap
 
@@ -30,6 +33,8 @@ _SHOWN = 8
 @torch.no_grad()
 def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
     """Fill every tensor of `model` from `folder`, cast to its dtype; what was read for one is freed before the next.
+
+    The model may be divided over ranks: each fills its own part.
 
     CheckpointError lists the tensors that are missing, of the wrong shape or not the model's. Tensors that the weight
     map only carries are left alone.
@@ -52,10 +57,29 @@ def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
         )
     for name, tensor in tensors.items():
         try:
-            tensor.copy_(weight_map.from_hf(stored, name))
+            _fill(tensor, name, stored, weight_map)
         except ValueError as error:
             raise CheckpointError(f"the weights in {folder} contradict each other: {error}") from error
-    _refuse(folder, unexpected=_not_carried(stored.keys() - stored.read, weight_map))
+    _refuse(folder, unexpected=_not_carried(stored.keys() - expected.keys() - stored.read, weight_map))
+
+
+def _fill(tensor: Tensor, name: str, stored: Mapping[str, Tensor], weight_map: WeightMap) -> None:
+    """Of a stack that is divided over ranks only the matrices this rank has a part of are read."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(weight_map.from_hf(stored, name))
+        return
+    part, own = part_of(tensor, rank=0), local(tensor)
+    views = stacked_views(weight_map, name, tensor.shape)
+    if views is None:
+        own.copy_(weight_map.from_hf(stored, name)[part.slices])
+        return
+    matrices, rows, columns = part.slices
+    for view in views:
+        if matrices.start <= view.index < matrices.stop:
+            start, stop = max(view.start, rows.start), min(view.start + view.rows, rows.stop)
+            if start < stop:
+                piece = stored[view.name][start - view.start : stop - view.start, columns]
+                own[view.index - matrices.start, start - rows.start : stop - rows.start].copy_(piece)
 
 
 def _not_carried(names: Set[str], weight_map: WeightMap) -> list[str]:
@@ -67,7 +91,7 @@ def _expected_shapes(tensors: Mapping[str, Tensor], weight_map: WeightMap) -> di
     return {
         hf_name: tuple(view.shape)
         for name, tensor in tensors.items()
-        for hf_name, view in weight_map.to_hf(name, torch.empty_like(tensor, device="meta"))
+        for hf_name, view in weight_map.to_hf(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
     }
 
 
@@ -159,7 +183,20 @@ def save(
     origin: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write module tensors (name, tensor) as a checkpoint that transformers and vLLM load.
+    """Write module tensors (name, tensor) as a checkpoint that transformers and vLLM load: `save_stored`."""
+    stored = _stored_form(tensors, weight_map)
+    save_stored(stored, weight_map, folder, origin=origin, max_shard_bytes=max_shard_bytes)
+
+
+def save_stored(
+    tensors: Iterable[tuple[str, Tensor]],
+    weight_map: WeightMap,
+    folder: Path,
+    *,
+    origin: Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write tensors under their checkpoint names.
 
     `origin` is the checkpoint the model came from: the tensors the weight map carries are copied from it. At most
     `max_shard_bytes` (or one tensor, if larger) are in memory at a time. CheckpointError when `folder` already
@@ -172,12 +209,43 @@ def save(
     total = 0
     dtype = ""
     carried = iter(()) if origin is None else _carried(origin, weight_map)
-    for shard in _shards(chain(_stored_form(tensors, weight_map), carried), max_shard_bytes):
+    for shard in _shards(chain(tensors, carried), max_shard_bytes):
         save_file(shard, _unfinished(folder, len(shards)), metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         dtype = dtype or str(next(iter(shard.values())).dtype).removeprefix("torch.")
     _name_shards(folder, shards, total)
+    _write_config(folder, weight_map, dtype)
+
+
+def save_share(
+    share: Mapping[str, Tensor],
+    weight_map: WeightMap,
+    folder: Path,
+    *,
+    rank: int,
+    owners: Mapping[str, int],
+    origin: Path | None = None,
+) -> None:
+    """Write what one of several ranks has of a checkpoint, as one file; rank 0 also the index and config.json.
+
+    `owners`: every tensor's checkpoint name -> the rank that writes it. The checkpoint is whole when all have written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = max(owners.values()) + 1
+    carried = {} if origin is None else dict(_carried(origin, weight_map))
+    tensors = {name: tensor.contiguous() for name, tensor in share.items()} | carried
+    file = "model-{:05}-of-{:05}.safetensors"
+    if tensors:
+        save_file(tensors, folder / file.format(rank + 1, ranks), metadata={"format": "pt"})
+    if rank == 0:
+        places = dict.fromkeys(carried, 0) | dict(owners)
+        index = {"metadata": {}, "weight_map": {name: file.format(r + 1, ranks) for name, r in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_config(folder, weight_map, str(next(iter(share.values())).dtype).removeprefix("torch."))
+
+
+def _write_config(folder: Path, weight_map: WeightMap, dtype: str) -> None:
     config = {**weight_map.hf_config(), "dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

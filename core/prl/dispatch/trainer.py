@@ -76,5 +76,7 @@ class Trainer:
 
 
 def manifest_of(reports: Sequence[StepDone]) -> Manifest | None:
-    """The manifest of the rank that published, if one did."""
-    return next((report.manifest for report in reports if report.manifest is not None), None)
+    """The version that the ranks have sent, each its part; None if they were not asked to."""
+    sent = [report.manifest for report in reports if report.manifest is not None]
+    parts = tuple(part for manifest in sent for part in manifest.parts if part.tensors)
+    return Manifest(version=sent[0].version, parts=parts) if sent else None

@@ -4,7 +4,7 @@
     rank -> controller      Hello, StepDone, Failed; Saved from the thread that writes checkpoints
 
 Every rank receives the same messages in the same order (each with its own micro-batches), so that ranks meet in the
-same collectives. Rank 0 alone writes the weights that engines fetch. Knows nothing of rollouts or rewards; started by
+same collectives; each sends its share of the weights that engines fetch. Knows nothing of rollouts or rewards; started by
 `prl.train.agent`.
 """
 
@@ -33,7 +33,7 @@ from prl.rollout import tokenizer
 from prl.run_dir import RunDir
 from prl.train import layers
 from prl.train.checkpoint import TrainerState
-from prl.train.export import Exporter, HuggingFaceExport
+from prl.train.export import Exporter, HuggingFaceExport, Shares
 from prl.train.layout import layout_of
 from prl.train.parallel.ranks import Ranks
 from prl.train.saver import Saver
@@ -134,8 +134,7 @@ class TrainerRank:
         snapshot = self.state.snapshot(step=step, version=self.version)
         writes: list[Callable[[Path], object]] = []
         if self.huggingface is not None:
-            whole = self.huggingface.collect(snapshot.weights)
-            writes += [functools.partial(self.huggingface.write, whole)] if whole else []
+            writes.append(functools.partial(self.huggingface.write, self.huggingface.collect(path)))
         self.saver.start(snapshot, path, *writes)
 
     def _report(self, report: StepReport, *, step: int, publish: bool) -> None:
@@ -167,6 +166,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
     state = TrainerState(
         model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=run.run.seed
     )
+    shares = Shares(model=model, weight_map=weight_map, rank=ranks.rank, ranks=ranks.world_size)
     version = state.load(Path(run.checkpoints.resume)) if run.checkpoints.resume else 0
     return TrainerRank(
         ranks=ranks,
@@ -183,14 +183,13 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
         ),
         state=state,
         exporter=Exporter(
-            model=model,
-            weight_map=weight_map,
+            shares=shares,
             number_format=number_format,
             float32=_model_provider(composition).float32,
-            sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
+            sender=_sender(composition, run_dir, ranks.rank),
         ),
         saver=Saver(functools.partial(Connection, run_dir, f"trainer-{ranks.rank}-checkpoints")),
-        huggingface=_huggingface(run, model, weight_map, ranks) if run.checkpoints.huggingface else None,
+        huggingface=_huggingface(run, shares) if run.checkpoints.huggingface else None,
         version=version,
     )
 
@@ -209,24 +208,24 @@ def _vocab_size(composition: Composition) -> int:
 def _build_model(
     composition: Composition, ranks: Ranks, vocab_size: int, weight_map: WeightMap, number_format: NumberFormat
 ) -> nn.Module:
-    """Equal on every rank before it is sharded: the same seed, or the same files."""
+    """From the same seed on every rank, before it is divided; or empty, divided, and each rank's part read from files."""
     run = composition.run
     torch.manual_seed(run.run.seed)
-    with ranks.device:
+    with torch.device("meta") if run.trainer.initial_weights else ranks.device:
         model: nn.Module = composition.build(run.model, vocab_size)
     cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
-    if run.trainer.initial_weights:
-        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
     layers.apply(model, run.trainer)
     ranks.shard(model)
+    if run.trainer.initial_weights:
+        model.to_empty(device=ranks.device)
+        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
     return model
 
 
-def _huggingface(run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks) -> HuggingFaceExport:
+def _huggingface(run: Run, shares: Shares) -> HuggingFaceExport:
     return HuggingFaceExport(
-        model=model,
-        weight_map=weight_map,
-        writes=ranks.rank == 0,
+        shares=shares,
+        owners=shares.owners() if shares.ranks > 1 else {},
         tokenizer=Path(run.tokenizer.file) if run.tokenizer.file else None,
         origin=Path(run.trainer.initial_weights) if run.trainer.initial_weights else None,
     )
@@ -243,7 +242,7 @@ def _stream_loss(composition: Composition, section: Any) -> StreamLoss:
     return StreamLoss(function=composition.build(section), needs=provider.needs)
 
 
-def _sender(composition: Composition, run_dir: RunDir) -> Any:
+def _sender(composition: Composition, run_dir: RunDir, rank: int) -> Any:
     provider = composition.provider(composition.run.weights)
     assert isinstance(provider, WeightTransport)
-    return composition.load(provider.send)(composition.run.weights, run_dir.path)
+    return composition.load(provider.send)(composition.run.weights, run_dir.path, rank)
