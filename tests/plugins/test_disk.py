@@ -31,7 +31,7 @@ def test_an_engine_fetches_what_the_trainer_sent(tmp_path):
 def test_a_version_is_a_safetensors_file_of_the_run(tmp_path):
     sent = weights(3)
     send(DiskConfig(), tmp_path, 0).send(3, sent.items())
-    loaded = load_file(tmp_path / "weights" / "version-3" / "model.safetensors")
+    loaded = load_file(tmp_path / "weights" / "version-3" / "model-00000.safetensors")
     assert all(torch.equal(loaded[name], sent[name]) for name in sent)
 
 

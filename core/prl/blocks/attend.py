@@ -27,7 +27,7 @@ from prl.blocks.padding import Padding
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 takes grouped keys without being told."""
 
-_LONG = 4096
+_LONG = 3072
 """Tokens of a document from which torch's fixed-length attention outruns its variable-length kernel on a Hopper GPU, where
 it may take cuDNN's (benchmarks/train_gpu.py --only attention)."""
 
