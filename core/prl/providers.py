@@ -363,7 +363,7 @@ class WeightTransport(Provider):
 
 class WeightSender(Protocol):
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """Write every tensor of this rank once; when it returns, any engine can fetch them. The manifest of the part."""
+        """Write every tensor of this rank once; when it returns, any engine can fetch them. The part's manifest."""
 
     def retire(self, version: int) -> None:
         """No engine will ask for this version again: free it. Idempotent."""
@@ -373,7 +373,7 @@ class WeightSender(Protocol):
 
 class WeightReceiver(Protocol):
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of every part of the manifest, verified; InfrastructureError names the tensor whose checksum differs."""
+        """Every tensor of every part, verified; InfrastructureError names the tensor whose checksum differs."""
 
     def close(self) -> None: ...
 

@@ -11,7 +11,12 @@ from torch import nn
 
 def parameters() -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
-    shapes = {"embed_tokens.weight": (7, 4), "layers.0.q.weight": (6, 4), "layers.0.experts.up": (3, 4, 5), "norm": (4,)}
+    shapes = {
+        "embed_tokens.weight": (7, 4),
+        "layers.0.q.weight": (6, 4),
+        "layers.0.experts.up": (3, 4, 5),
+        "norm": (4,),
+    }
     return {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
 
 

@@ -139,7 +139,7 @@ def build_stepper(model: nn.Module, optimizer: torch.optim.Optimizer, **changes:
 
 
 def random_samples(count: int = 6, *, seed: int = 0, version: int = 5, longest: int = 11) -> list[Sample]:
-    """Samples of 3 to `longest` tokens: half of each is sampled and in one stream or two, with weights that are not all 1."""
+    """Samples of 3 to `longest` tokens: half of each is sampled, in one stream or two, not all weights are 1."""
     draw = np.random.default_rng(seed)
     return [_random_sample(draw, index, version, longest) for index in range(count)]
 

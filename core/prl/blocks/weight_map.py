@@ -116,7 +116,7 @@ def stacked_views(weight_map: WeightMap, name: str, shape: Sequence[int]) -> lis
     for hf_name, view in weight_map.to_hf(name, whole) if whole.dim() == 3 else ():
         if view._base is not whole or view.stride() != whole.stride()[1:] or view.shape[1] != whole.shape[2]:
             return None
-        index, rest = divmod(view.storage_offset(), whole.stride(0))
+        index, rest = divmod(int(view.storage_offset()), whole.stride(0))
         views.append(StackedView(hf_name, index, rest // whole.stride(1), len(view)))
     return views or None
 

@@ -156,7 +156,9 @@ class TrainerSection:
     ranks: int = option(1, help="trainer processes: replicate x shard x context", validator=positive)
     replicate: int = option(1, help="copies of the model (HSDP)", validator=positive)
     shard: int = option(
-        0, help="ranks that the parameters of a copy are divided over (FSDP2); 0: all that are left", validator=not_negative
+        0,
+        help="ranks that a copy's parameters are divided over (FSDP2); 0: all that are left",
+        validator=not_negative,
     )
     context: int = option(1, help="ranks that share every sequence (context parallelism)", validator=positive)
     expert: int = option(

@@ -196,9 +196,7 @@ class Assembly:
         ]
         return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
 
-    def _state(
-        self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None
-    ) -> ControllerState:
+    def _state(self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None) -> ControllerState:
         run = self.composition.run
         state = ControllerState(
             progress=progress,

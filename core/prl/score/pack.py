@@ -32,8 +32,8 @@ def pack(
 ) -> Batch:
     """One optimizer step's batch for `ranks` trainer ranks, of which each `context` neighbours share their sequences.
 
-    No rank is given more than `micro_batch_tokens` tokens at a time, unless by a single sample. Raises RunError for a sample
-    whose first token is weighted: nothing precedes it, so it has no log-probability.
+    No rank is given more than `micro_batch_tokens` tokens at a time, unless by a single sample. Raises RunError for a
+    sample whose first token is weighted: nothing precedes it, so it has no log-probability.
     """
     streams = _streams(samples)
     groups = ranks // context
@@ -158,9 +158,7 @@ def share(whole: MicroBatch, index: int, count: int) -> MicroBatch:
         if isinstance(getattr(whole, field.name), np.ndarray) and field.name != "cu_seqlens"
     }
     weights = {stream: column[tokens] for stream, column in whole.weights.items()}
-    return attrs.evolve(
-        whole, **columns, weights=weights, shard=ContextShard(index=index, count=count, rows=rows)
-    )
+    return attrs.evolve(whole, **columns, weights=weights, shard=ContextShard(index=index, count=count, rows=rows))
 
 
 def round_up(count: int) -> int:

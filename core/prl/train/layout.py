@@ -64,7 +64,8 @@ def problems(trainer: TrainerSection, model: ModelConfig | None = None) -> Itera
         yield Problem("trainer.ranks", f"must {rule} {given} ({axes}), got {trainer.ranks}")
     elif (sharing := trainer.ranks // trainer.replicate) % trainer.expert:
         yield Problem(
-            "trainer.expert", f"must divide the {sharing} ranks of shard x context that hold a copy, got {trainer.expert}"
+            "trainer.expert",
+            f"must divide the {sharing} ranks of shard x context that hold a copy, got {trainer.expert}",
         )
     yield from _experts(trainer, model)
     if trainer.recompute and trainer.activation_checkpointing != "selective":

@@ -4,8 +4,8 @@
     rank -> controller      Hello, StepDone, Failed; Saved from the thread that writes checkpoints
 
 Every rank receives the same messages in the same order (each with its own micro-batches), so that ranks meet in the
-same collectives; each sends its share of the weights that engines fetch. Knows nothing of rollouts or rewards; started by
-`prl.train.agent`.
+same collectives; each sends its share of the weights that engines fetch. Knows nothing of rollouts or rewards;
+started by `prl.train.agent`.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             max_grad_norm=run.trainer.max_grad_norm,
             device=ranks.device,
             compiled=run.trainer.compile,
+            optimizer_offload=run.trainer.optimizer_offload,
             context=ranks.context,
         ),
         state=state,
@@ -208,7 +209,7 @@ def _vocab_size(composition: Composition) -> int:
 def _build_model(
     composition: Composition, ranks: Ranks, vocab_size: int, weight_map: WeightMap, number_format: NumberFormat
 ) -> nn.Module:
-    """From the same seed on every rank, before it is divided; or empty, divided, and each rank's part read from files."""
+    """From the same seed on every rank, then divided; or divided while empty, and each rank's part read from files."""
     run = composition.run
     torch.manual_seed(run.run.seed)
     with torch.device("meta") if run.trainer.initial_weights else ranks.device:

@@ -11,9 +11,7 @@ from torch import nn
 from prl_sign_sgd import SignSgdConfig
 
 
-def build(
-    config: SignSgdConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float
-) -> SignSgd:
+def build(config: SignSgdConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float) -> SignSgd:
     """Matrices decay; vectors (norms, biases) do not."""
     trained = [p for _, p in named_parameters if p.requires_grad]
     groups = [

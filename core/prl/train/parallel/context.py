@@ -1,7 +1,7 @@
 """Ranks that share every sequence: each holds an equal share of the packed tokens (context parallelism).
 
-What mixers ask of it is `prl.blocks.context.SequenceShard`; beside that, small columns of the tokens that are scored are
-brought together, so that a loss sees whole samples wherever their tokens lie.
+What mixers ask of it is `prl.blocks.context.SequenceShard`; beside that, small columns of the tokens that are scored
+are brought together, so that a loss sees whole samples wherever their tokens lie.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContextGroup:
         lengths = torch.cat(counts).tolist()
         padded = columns.new_zeros(max(lengths), columns.shape[1])
         padded[: len(columns)] = columns
-        parts = _gather(padded, self.group, self.count).split(max(lengths) or 1)
+        parts = torch.split(_gather(padded, self.group, self.count), max(lengths) or 1)
         start = sum(lengths[: self.index])
         whole = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]) if max(lengths) else padded
         return whole, slice(start, start + len(columns))
