@@ -166,6 +166,11 @@ class TrainerSection:
     )
     threads: int = option(1, help="CPU threads of each rank", validator=positive)
     micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
+    attention_length: int = option(
+        8192,
+        help="tokens at which a sequence's attention costs as much as its matrix products: balances micro-batches by cost",
+        validator=positive,
+    )
     logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this global norm", validator=positive)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
