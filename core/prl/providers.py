@@ -69,6 +69,8 @@ class Model(Provider):
     """Special tokens of the chat format; a character tokenizer is given these."""
     float32: tuple[str, ...] = ()
     """Endings of the names of tensors that are float32 in every number format, in the module and on every wire."""
+    routing: Ref | None = None
+    """`(config) -> prl.routes.Routing` of a model with experts; imports no torch. None: nothing is routed."""
 
 
 class LanguageModel(Protocol):
@@ -325,15 +327,28 @@ class Engine(Provider):
     """engine process: `async (EngineContext) -> None`; runs until cancelled. See `prl.weights.engines`."""
     connect: Ref
     """environment workers and controller: `(url, token) -> EngineClient`"""
+    reports_routes: bool = False
+    """It can say which experts tokens were sent to (`routes_from`)."""
 
 
 class EngineClient(Protocol):
     """Async client of one engine. Every method raises InfrastructureError when the engine cannot answer."""
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], n: int = 1, session: str = ""
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routes_from: int | None = None,
     ) -> list[Completion]:
-        """`n` continuations of prompt; `session` lets a later turn find its cache. Cancelling the task aborts it."""
+        """`n` continuations of prompt; `session` lets a later turn find its cache. Cancelling the task aborts it.
+
+        With `routes_from` each says which experts its tokens were sent to, from that token of the prompt on. Rows may
+        be missing: what is not known is not replayed.
+        """
 
     async def prepare(self, manifest: Manifest) -> None:
         """Fetch and verify a version beside the one being served."""

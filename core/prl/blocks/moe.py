@@ -7,6 +7,7 @@ no loop over experts, and the same result for the same tokens on every run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -18,6 +19,9 @@ from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
 from prl.blocks.sharded import local
 
+Follow: TypeAlias = "Callable[[Tensor], Tensor]"
+"""A router's choice [T, K] -> the choice that is followed [T, K] (see `prl.blocks.routing`)."""
+
 
 class SoftmaxRouter(nn.Module):
     """Chooses by the softmax over all experts; weights may be renormalised over the chosen. Computed in float32."""
@@ -28,10 +32,11 @@ class SoftmaxRouter(nn.Module):
         self.experts_per_token = experts_per_token
         self.renormalise = renormalise
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64."""
+    def forward(self, x: Tensor, follow: Follow | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64: what `follow` makes of its choice."""
         probabilities = functional.linear(x.float(), self.weight.float()).softmax(-1)
-        return self.weigh(probabilities, self.choose(probabilities))
+        own = self.choose(probabilities)
+        return self.weigh(probabilities, own if follow is None else follow(own))
 
     def choose(self, probabilities: Tensor) -> Tensor:
         """probabilities [T, E] -> the K most probable experts [T, K]."""
@@ -73,10 +78,11 @@ class SigmoidRouter(nn.Module):
         self.renormalise = renormalise
         self.groups, self.groups_per_token = groups, groups_per_token
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64."""
+    def forward(self, x: Tensor, follow: Follow | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64: what `follow` makes of its choice."""
         scores = functional.linear(x.float(), self.weight.float()).sigmoid()
-        return self.weigh(scores, self.choose(scores))
+        own = self.choose(scores)
+        return self.weigh(scores, own if follow is None else follow(own))
 
     def choose(self, scores: Tensor) -> Tensor:
         """scores [T, E] -> chosen experts [T, K]."""
@@ -156,7 +162,8 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        weights, chosen = self.gate(x)
+        follow = None if context.routes is None else partial(context.routes.follow, layer_index)
+        weights, chosen = self.gate(x, follow)
         mixed = self.routed(x, weights, chosen)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(x, context, layer_index)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 
+from prl import routes
 from prl.compose import checks, layers, lock, toml
 from prl.compose.config import SECTION_KINDS, Run
 from prl.compose.convert import ExplainUnknown, StructureError, structure, unstructure
@@ -104,8 +105,10 @@ def compose(source: Path, *, plugins: str = "", overrides: Sequence[str] = (), p
         problems += checks.across_sections(run)
         problems += [Problem("", f"{sentence} (plugin {plugin!r})") for plugin, sentence in hooks.validate(run)]
         problems += _not_here(run, registry, known) if probe else []
+        composition = Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
+        problems += routes.problems(composition)
     _refuse(str(source), failures, problems)
-    return Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
+    return composition
 
 
 def _assemble(

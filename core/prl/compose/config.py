@@ -176,6 +176,11 @@ class TrainerSection:
     compile: bool = option(False, help="compile every layer (torch.compile)")
     optimizer_offload: bool = option(False, help="keep the optimizer's state in host memory between steps")
     initial_weights: str = option("", help="folder with Hugging Face safetensors to start from; empty: random")
+    router_replay: Literal["auto", "on", "off"] = option(
+        "auto",
+        help="send every token to the experts the engine sent it to; auto: where the model has experts and the engine "
+        "reports them",
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ _MEANS = {
     "entropy": ("entropy", "entropy/count"),
 }
 """Metric -> names of the sum and of the count that trainer ranks report."""
+_ROUTED = ("replayed", "missing", "refused")
 
 
 def trainer_metrics(batch: Batch, reports: Sequence[StepDone]) -> dict[str, float]:
@@ -28,7 +29,20 @@ def trainer_metrics(batch: Batch, reports: Sequence[StepDone]) -> dict[str, floa
             sums[name] += value
     metrics = {name: sums[name] / _stream_tokens(name, batch) for name in sums if name.startswith("loss/")}
     metrics |= {name: sums[total] / sums[count] for name, (total, count) in _MEANS.items() if sums.get(count)}
-    return {**metrics, **reports[0].values, **_seconds(reports)}
+    return {**metrics, **_route_metrics(sums), **reports[0].values, **_seconds(reports)}
+
+
+def _route_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the tokens whose experts the engine should have told; shares that differ are of those replayed."""
+    if not sums.get("routes/count"):
+        return {}
+    metrics = {f"routes/{name}": sums[f"routes/{name}"] / sums["routes/count"] for name in _ROUTED}
+    replayed = sums["routes/replayed"]
+    differ = {name: sums[name] / replayed for name in sums if name.startswith("routes/differ/")} if replayed else {}
+    metrics |= {**differ, "routes/differ": _mean(differ.values())} if differ else {}
+    if sums.get("routes_fresh/count"):
+        metrics["routes/differ_fresh"] = sums["routes_fresh/differ"] / sums["routes_fresh/count"]
+    return metrics
 
 
 def _stream_tokens(name: str, batch: Batch) -> int:

@@ -39,6 +39,7 @@ from prl.messages import Hello, Role, RunGroup
 from prl.providers import Engine as EngineProvider
 from prl.providers import RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
+from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.types import TaskRef
 from prl.weights.publish import Publisher
@@ -74,7 +75,9 @@ async def roll_call(hub: Hub, composition: Composition) -> dict[Role, list[tuple
 def local_runner(composition: Composition, run_dir: RunDir) -> GroupRunner | None:
     """The cheap environments, built in this process; None when there is none."""
     names = environment_names(composition, cheap=True)
-    return GroupRunner(composition, composition.run, run_dir.token(), environments=names) if names else None
+    if not names:
+        return None
+    return GroupRunner(composition, composition.run, run_dir.token(), columns=run_dir.columns, environments=names)
 
 
 # --- what the controller is made of -----------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ class Assembly:
         if self.runner is not None:
             yield Place(name="controller", runner=self.runner, environments=_names(self.runner.sizes()))
         for peer, hello in self.workers["environment"]:
-            runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained)
+            runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained, replayed(self.composition))
             yield Place(name=peer.decode(), runner=runner, environments=_names(hello.sizes))
 
     def _placed(self, engines: EnginePool) -> Callable[[RunGroup, str], None]:
@@ -196,9 +199,7 @@ class Assembly:
         ]
         return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
 
-    def _state(
-        self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None
-    ) -> ControllerState:
+    def _state(self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None) -> ControllerState:
         run = self.composition.run
         state = ControllerState(
             progress=progress,

@@ -24,18 +24,21 @@ from torch import nn
 
 from prl.blocks import checkpoint
 from prl.blocks.precision import cast
+from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
 from prl.errors import PrlError, RunError
 from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
+from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.train import layers
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter, HuggingFaceExport
 from prl.train.layout import layout_of
 from prl.train.parallel.ranks import Ranks
+from prl.train.routes import RouteReader
 from prl.train.saver import Saver
 from prl.train.step import Stepper, StepReport
 from prl.train.streams import StreamLoss
@@ -180,6 +183,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             device=ranks.device,
             compiled=run.trainer.compile,
             context=ranks.context,
+            routes=_routes(composition, run_dir),
         ),
         state=state,
         exporter=Exporter(
@@ -230,6 +234,11 @@ def _huggingface(run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks
         tokenizer=Path(run.tokenizer.file) if run.tokenizer.file else None,
         origin=Path(run.trainer.initial_weights) if run.trainer.initial_weights else None,
     )
+
+
+def _routes(composition: Composition, run_dir: RunDir) -> RouteReader | None:
+    routing = replayed(composition)
+    return None if routing is None else RouteReader(folder=ColumnFolder(run_dir.columns), routing=routing)
 
 
 def _losses(composition: Composition) -> dict[Stream, StreamLoss]:

@@ -72,5 +72,6 @@ def _model(name: str, config: type[GlmConfig], renderer: str) -> Model:
         weights="prl_glm5.weights:weight_map",
         render=f"prl_glm5.render:{renderer}",
         special_tokens=SPECIAL_TOKENS,
+        routing="prl_glm5.sizes:routing",
         float32=("e_score_correction_bias",),
     )

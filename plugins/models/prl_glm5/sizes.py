@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 from prl.errors import UserError
+from prl.routes import Routing
 
 from prl_glm5 import Glm52Config, GlmConfig
 
@@ -121,3 +122,13 @@ def resolve(config: GlmConfig, vocab_size: int) -> Sizes:
     if sizes.experts_per_token > sizes.experts:
         raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
     return sizes
+
+
+def routing(config: GlmConfig) -> Routing:
+    """Every layer but the dense ones at the start."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index in range(sizes.dense_layers, sizes.layers)),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )

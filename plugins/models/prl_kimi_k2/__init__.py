@@ -69,5 +69,6 @@ def _model(name: str, config: type[KimiConfig], renderer: str, special_tokens: t
         weights="prl_kimi_k2.weights:weight_map",
         render=f"prl_kimi_k2.render:{renderer}",
         special_tokens=special_tokens,
+        routing="prl_kimi_k2.sizes:routing",
         float32=("e_score_correction_bias",),
     )

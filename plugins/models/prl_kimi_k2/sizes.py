@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 from prl.errors import UserError
+from prl.routes import Routing
 
 from prl_kimi_k2 import KimiConfig, KimiK2Config
 
@@ -98,3 +99,13 @@ def resolve(config: KimiConfig, vocab_size: int) -> Sizes:
     if sizes.experts_per_token > sizes.experts:
         raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
     return sizes
+
+
+def routing(config: KimiConfig) -> Routing:
+    """Every layer but the dense ones at the start."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index in range(sizes.dense_layers, sizes.layers)),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )

@@ -73,5 +73,6 @@ def _model(name: str, config: type[NemotronConfig], renderer: str, parameters: s
         weights="prl_nemotron3.weights:weight_map",
         render=f"prl_nemotron3.render:{renderer}",
         special_tokens=SPECIAL_TOKENS,
+        routing="prl_nemotron3.sizes:routing",
         float32=("e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias"),
     )

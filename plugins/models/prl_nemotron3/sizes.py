@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 from prl.errors import UserError
+from prl.routes import Routing
 
 from prl_nemotron3 import NanoConfig, NemotronConfig, SuperConfig, UltraConfig
 
@@ -126,3 +127,13 @@ def resolve(config: NemotronConfig, vocab_size: int) -> Sizes:
     if sizes.experts_per_token > sizes.experts:
         raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
     return sizes
+
+
+def routing(config: NemotronConfig) -> Routing:
+    """The layers that the pattern calls E."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index, letter in enumerate(sizes.pattern) if letter == "E"),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )

@@ -66,6 +66,7 @@ def prl_models() -> Iterable[Model]:
         build="prl_qwen3.network:build",
         weights="prl_qwen3.weights:weight_map",
         render="prl_qwen3.chat:renderer",
+        routing="prl_qwen3.sizes:routing",
         special_tokens=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     )
 

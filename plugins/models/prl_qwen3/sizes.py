@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 from prl.errors import UserError
+from prl.routes import Routing
 
 from prl_qwen3 import Qwen3Config
 
@@ -47,6 +48,16 @@ def resolve(config: Qwen3Config, vocab_size: int) -> Qwen3Config:
         where = f"{config.checkpoint}/config.json: vocab_size" if config.checkpoint else "model.vocab_size"
         raise UserError(f"{where} is {sizes.vocab_size}, but the tokenizer has {vocab_size} tokens")
     return attrs.evolve(sizes, vocab_size=sizes.vocab_size or vocab_size)
+
+
+def routing(config: Qwen3Config) -> Routing:
+    """Every layer of a mixture of experts, none of a dense model."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index in range(sizes.layers)) if sizes.experts else (),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )
 
 
 def _read(file: Path) -> Qwen3Config:
