@@ -411,6 +411,18 @@ class NumberFormat(Protocol):
         """A Hugging Face tensor of the trainer -> what is sent to the engines."""
 
 
+@attrs.frozen(kw_only=True)
+class Kernel(Provider):
+    """Another way to compute one of the blocks' operations (`prl.blocks.kernels`)."""
+
+    seam: str
+    """The operation; a section of `[kernels]`."""
+    build: Ref
+    """`(config) -> function` that takes and returns what the seam's reference does."""
+    device: str | None = None
+    """torch's type of the only device it runs on, such as `cuda`."""
+
+
 # --- launch and watch -------------------------------------------------------------------------------------------------
 @attrs.frozen(kw_only=True)
 class Launcher(Provider):
@@ -458,6 +470,7 @@ KINDS: dict[str, type[Provider]] = {
     "quantization": Quantization,
     "engine": Engine,
     "weight_transport": WeightTransport,
+    "kernel": Kernel,
     "tracker": Tracker,
     "launcher": Launcher,
 }

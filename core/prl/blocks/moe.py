@@ -15,12 +15,39 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prl.blocks.context import Context
+from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
 from prl.blocks.sharded import local
 
 Follow: TypeAlias = "Callable[[Tensor], Tensor]"
 """A router's choice [T, K] -> the choice that is followed [T, K] (see `prl.blocks.routing`)."""
+
+
+@seam
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [N, I] sorted by expert, weight [E, O, I], offsets [E] int32 end of each expert's rows -> x weight.T [N, O]"""
+    return functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+@seam
+def dispatch(
+    x: Tensor, weights: Tensor, chosen: Tensor, run: Callable[[Tensor, Tensor], Tensor], experts: int
+) -> Tensor:
+    """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D].
+
+    `run(x [N, D] sorted by expert, counts [experts] int64 of each) -> [N, D]` is all experts at once.
+    """
+    tokens, count = chosen.shape
+    order = chosen.flatten().argsort(stable=True)
+    # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
+    counts = torch.zeros(experts, dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+    # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
+    copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
+    sorted_outputs = run(copies.index_select(0, order), counts)
+    outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
+    return (outputs * weights[..., None]).sum(1).to(x.dtype)
 
 
 class SoftmaxRouter(nn.Module):
@@ -116,8 +143,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        gate_up = functional.grouped_mm(x, local(self.gate_up_proj).transpose(1, 2), offs=offsets)
-        return functional.grouped_mm(swiglu(gate_up), local(self.down_proj).transpose(1, 2), offs=offsets)
+        gate_up = grouped_mm(x, local(self.gate_up_proj), offsets)
+        return grouped_mm(swiglu(gate_up), local(self.down_proj), offsets)
 
 
 class SquaredReluExperts(nn.Module):
@@ -130,8 +157,8 @@ class SquaredReluExperts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        up = functional.grouped_mm(x, local(self.up_proj).transpose(1, 2), offs=offsets)
-        return functional.grouped_mm(up.relu().square(), local(self.down_proj).transpose(1, 2), offs=offsets)
+        up = grouped_mm(x, local(self.up_proj), offsets)
+        return grouped_mm(up.relu().square(), local(self.down_proj), offsets)
 
 
 RunExperts: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -169,17 +196,7 @@ class MixtureOfExperts(nn.Module):
 
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D]."""
-        tokens, count = chosen.shape
-        order = chosen.flatten().argsort(stable=True)
-        # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
-        counts = torch.zeros(len(self.gate.weight), dtype=torch.int64, device=x.device)
-        counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
-        copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
-        sorted_outputs = self.run_experts(self.experts, copies.index_select(0, order), counts)
-        outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
-        mixed: Tensor = (outputs * weights[..., None]).sum(1).to(x.dtype)
-        return mixed
+        return dispatch(x, weights, chosen, partial(self.run_experts, self.experts), len(self.gate.weight))
 
 
 class LatentMixtureOfExperts(MixtureOfExperts):

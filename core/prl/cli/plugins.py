@@ -31,6 +31,7 @@ IMPORTED_BY = {
     ("engine", "connect"): "controller, environment",
     ("weight_transport", "send"): "trainer",
     ("weight_transport", "receive"): "engine",
+    ("kernel", "build"): "trainer, engine",
     ("tracker", "build"): "controller",
     ("launcher", "build"): "launcher",
 }

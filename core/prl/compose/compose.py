@@ -106,7 +106,7 @@ def compose(source: Path, *, plugins: str = "", overrides: Sequence[str] = (), p
         problems += [Problem("", f"{sentence} (plugin {plugin!r})") for plugin, sentence in hooks.validate(run)]
         problems += _not_here(run, registry, known) if probe else []
         composition = Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
-        problems += routes.problems(composition)
+        problems += [*checks.kernels(run, registry), *routes.problems(composition)]
     _refuse(str(source), failures, problems)
     return composition
 

@@ -22,7 +22,7 @@ import attrs
 import torch
 from torch import nn
 
-from prl.blocks import checkpoint
+from prl.blocks import checkpoint, kernels
 from prl.blocks.precision import cast
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
@@ -162,6 +162,7 @@ class TrainerRank:
 def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: Connection) -> TrainerRank:
     """Model, optimizer, losses and transport of this rank, restored from a checkpoint where the run names one."""
     run = composition.run
+    kernels.install(composition, ranks.device)
     vocab_size = _vocab_size(composition)
     weight_map = composition.load(_model_provider(composition).weights)(run.model, vocab_size)
     number_format = composition.build(run.quantization)

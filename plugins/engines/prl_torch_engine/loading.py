@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import attrs
 import torch
-from prl.blocks import precision
+from prl.blocks import kernels, precision
 from prl.providers import LanguageModel, Model, NumberFormat, Renderer, Tokenizer, WeightMap
 from prl.rollout.tokenizer import load as load_tokenizer
 from torch import nn
@@ -37,7 +37,9 @@ def load(composition: Composition) -> Loaded:
     provider = cast(Model, composition.provider(run.model))
     tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
     number_format: NumberFormat = composition.build(run.quantization)
-    with torch.device(_device(run.trainer.device)):
+    device = torch.device(_device(run.trainer.device))
+    kernels.install(composition, device)
+    with device:
         module: nn.Module = composition.build(run.model, tokenizer.vocab_size)
     precision.cast(module, number_format.serve_dtype, float32=provider.float32)
     return Loaded(
