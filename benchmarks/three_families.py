@@ -4,7 +4,8 @@
 
 Every family is a run of its own (`prl launch`: controller, engine, environment, trainer), told apart by `--plugins` and
 `model.type` alone; the supervised start is longer than the config's for all of them. A run is asked to stop once its
-held-out accuracy has reached the goal. Curves and figures go to benchmarks/results/three_families.{svg,json}.
+held-out accuracy has reached the goal; one that lies in the folder of runs already is read and not repeated. Curves and
+figures go to benchmarks/results/three_families.{svg,json}.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def command(model: str, run: Path, options: argparse.Namespace) -> list[str]:
 def learn(model: str, options: argparse.Namespace) -> Learned:
     """Launch, wait for the goal or the last step, and read what was recorded."""
     run = options.runs / model
+    if RunDir(run).metrics.is_file():
+        return learned(model, rows(RunDir(run)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (options.runs / f"{model}.log").open("w") as log:
         process = subprocess.Popen(command(model, run, options), stdout=log, stderr=log, env=environment)
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/three-families"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at one time; each keeps two cores busy")
     parser.add_argument("--steps", type=int, default=600, help="most rl steps")
-    parser.add_argument("--warmup", type=int, default=200, help="supervised steps")
+    parser.add_argument("--warmup", type=int, default=150, help="supervised steps")
     parser.add_argument("--every", type=int, default=10, help="rl steps between evaluations")
     parser.add_argument("--goal", type=float, default=0.8, help="accuracy at which a run stops")
     parser.add_argument("--seed", type=int, default=0)

@@ -15,6 +15,7 @@ from prl.columns import ColumnFolder
 from prl.dispatch.metrics import trainer_metrics
 from prl.messages import StepDone
 from prl.routes import Routing, store
+from prl.score.pack import pack
 from prl.train.routes import RouteReader
 from prl.types import Batch, Sample
 from prl_kimi_k2 import KimiK27Config
@@ -177,3 +178,18 @@ def test_a_step_without_sampled_tokens_says_nothing_of_routes(tmp_path: Path) ->
     _, sums, metrics = step(tmp_path, "kimi", pack_batch(samples))
     assert not [name for name in sums if "routes" in name]
     assert route_metrics(metrics) == {}
+
+
+@pytest.mark.parametrize("context", [2, 3])
+def test_ranks_that_share_sequences_read_their_share_of_the_routes(tmp_path: Path, context: int) -> None:
+    samples = [*routed(tmp_path, "kimi", random_samples(5), shift=7), *random_samples(2, seed=1)]
+    reader = RouteReader(folder=ColumnFolder(tmp_path), routing=ROUTINGS["kimi"])
+    options = {"step": 6, "version": VERSION, "phase": "rl", "micro_batch_tokens": 1000}
+    (whole,) = pack(samples, ranks=1, **options).ranks[0]
+    expected = reader.read(whole)
+    shares = [reader.read(micro) for (micro,) in pack(samples, ranks=context, context=context, **options).ranks]
+    assert np.concatenate([share.experts for share in shares]).tolist() == expected.experts.tolist()
+    assert np.concatenate([share.versions for share in shares]).tolist() == expected.versions.tolist()
+    assert not np.concatenate([share.refused for share in shares]).any()
+    told = expected.versions >= 0
+    assert np.concatenate([share.counted for share in shares])[told].all()
