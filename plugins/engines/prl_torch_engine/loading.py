@@ -23,6 +23,7 @@ class Loaded:
     """Under which the OpenAI endpoint serves it: the model's `type`."""
     module: nn.Module
     weight_map: WeightMap
+    number_format: NumberFormat
     tokenizer: Tokenizer
     renderer: Renderer
 
@@ -44,6 +45,7 @@ def load(composition: Composition) -> Loaded:
         name=provider.name,
         module=module.eval().requires_grad_(False),
         weight_map=composition.load(provider.weights)(run.model, tokenizer.vocab_size),
+        number_format=number_format,
         tokenizer=tokenizer,
         renderer=composition.load(provider.render)(run.model, tokenizer),
     )

@@ -73,4 +73,9 @@ def _model(name: str, config: type[GlmConfig], renderer: str) -> Model:
         render=f"prl_glm5.render:{renderer}",
         special_tokens=SPECIAL_TOKENS,
         float32=("e_score_correction_bias",),
+        unquantized=(
+            r"\b(embed_tokens|lm_head|shared_head\.head)\.weight$",
+            r"\b(mlp\.gate|indexer\.weights_proj|eh_proj)\.weight$",
+        ),
+        checkpoint_types=("glm_moe_dsa",),
     )

@@ -70,4 +70,6 @@ def _model(name: str, config: type[KimiConfig], renderer: str, special_tokens: t
         render=f"prl_kimi_k2.render:{renderer}",
         special_tokens=special_tokens,
         float32=("e_score_correction_bias",),
+        unquantized=(r"\b(embed_tokens|lm_head|mlp\.gate)\.weight$", r"^(vision_tower|mm_projector)\."),
+        checkpoint_types=("kimi_k2", "deepseek_v3") if config is KimiK2Config else ("kimi_k25",),
     )

@@ -74,4 +74,10 @@ def _model(name: str, config: type[NemotronConfig], renderer: str, parameters: s
         render=f"prl_nemotron3.render:{renderer}",
         special_tokens=SPECIAL_TOKENS,
         float32=("e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias"),
+        unquantized=(
+            r"\b(embeddings|lm_head|mixer\.gate)\.weight$",
+            r"\b(q_proj|k_proj|v_proj|o_proj|fc1_latent_proj|fc2_latent_proj)\.weight$",
+            r"^mtp\.",
+        ),
+        checkpoint_types=("nemotron_h",),
     )

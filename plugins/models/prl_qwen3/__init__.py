@@ -67,6 +67,8 @@ def prl_models() -> Iterable[Model]:
         weights="prl_qwen3.weights:weight_map",
         render="prl_qwen3.chat:renderer",
         special_tokens=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        unquantized=(r"\b(embed_tokens|lm_head|mlp\.gate)\.weight$",),
+        checkpoint_types=("qwen3", "qwen3_moe"),
     )
 
 
