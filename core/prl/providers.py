@@ -77,8 +77,8 @@ class Model(Provider):
     """`(config, vocab_size) -> Sequence[Limit]`; imports no torch. UserError says why there is no such model."""
 
 
-Degree: TypeAlias = Literal["expert", "tensor", "context", "pipeline"]
-"""A kind of parallelism: over how many ranks experts, heads, a sequence or layers are spread."""
+Degree: TypeAlias = Literal["expert", "tensor", "context"]
+"""A kind of parallelism: over how many ranks experts, heads or a sequence are spread."""
 
 
 @attrs.frozen(kw_only=True)

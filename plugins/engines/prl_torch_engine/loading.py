@@ -23,9 +23,10 @@ class Loaded:
     """Under which the OpenAI endpoint serves it: the model's `type`."""
     module: nn.Module
     weight_map: WeightMap
-    number_format: NumberFormat
     tokenizer: Tokenizer
     renderer: Renderer
+    number_format: NumberFormat | None = None
+    """What decodes received weights; None: they come as they are."""
 
     @property
     def model(self) -> LanguageModel:
