@@ -72,7 +72,7 @@ class Model(Provider):
     unquantized: tuple[str, ...] = ()
     """Regular expressions, found in the published names of matrices that no number format quantises (routers, ...)."""
     checkpoint_types: tuple[str, ...] = ()
-    """`model_type` of the config.json of the family's checkpoints."""
+    """`model_type` of the config.json of the family's checkpoints; `config` then has a field `checkpoint`."""
     limits: Ref | None = None
     """`(config, vocab_size) -> Sequence[Limit]`; imports no torch. UserError says why there is no such model."""
 
