@@ -18,7 +18,7 @@ from prl.blocks.context import Context
 from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
-from prl.blocks.sharded import local
+from prl.blocks.rounding import Rounds
 
 Follow: TypeAlias = "Callable[[Tensor], Tensor]"
 """A router's choice [T, K] -> the choice that is followed [T, K] (see `prl.blocks.routing`)."""
@@ -133,7 +133,7 @@ class SigmoidRouter(nn.Module):
         return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
 
 
-class Experts(nn.Module):
+class Experts(Rounds):
     """Gated feed-forward experts with stacked weights: gate_up_proj [E, 2 F, hidden], down_proj [E, hidden, F]."""
 
     def __init__(self, *, experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -143,11 +143,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        gate_up = grouped_mm(x, local(self.gate_up_proj), offsets)
-        return grouped_mm(swiglu(gate_up), local(self.down_proj), offsets)
+        gate_up = grouped_mm(x, self.as_served("gate_up_proj"), offsets)
+        return grouped_mm(swiglu(gate_up), self.as_served("down_proj"), offsets)
 
 
-class SquaredReluExperts(nn.Module):
+class SquaredReluExperts(Rounds):
     """Experts without a gate: up_proj [E, F, hidden], down_proj [E, hidden, F]."""
 
     def __init__(self, *, experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -157,8 +157,8 @@ class SquaredReluExperts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        up = grouped_mm(x, local(self.up_proj), offsets)
-        return grouped_mm(up.relu().square(), local(self.down_proj), offsets)
+        up = grouped_mm(x, self.as_served("up_proj"), offsets)
+        return grouped_mm(up.relu().square(), self.as_served("down_proj"), offsets)
 
 
 RunExperts: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]

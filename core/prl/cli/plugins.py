@@ -21,6 +21,7 @@ IMPORTED_BY = {
     ("model", "build"): "trainer, engine",
     ("model", "weights"): "trainer, engine",
     ("model", "render"): "environment",
+    ("model", "limits"): "prl launch",
     ("environment", "build"): "environment",
     ("scheduler", "build"): "controller",
     ("advantage", "build"): "controller",
@@ -117,7 +118,7 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
     from prl.compose.checks import unavailable
 
     provider = record.provider
-    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type == "Ref"}
+    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type in ("Ref", "Ref | None")}
     return {
         "kind": record.kind,
         "name": provider.name,
@@ -125,7 +126,9 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
         "unavailable": unavailable(provider, plugin),
         "replaces": provider.replaces,
         "imports": {
-            part: {"by": IMPORTED_BY[record.kind, part], "reference": reference} for part, reference in parts.items()
+            part: {"by": IMPORTED_BY[record.kind, part], "reference": reference}
+            for part, reference in parts.items()
+            if reference is not None
         },
         "fields": [_field(field) for field in attrs.fields(provider.config) if field.init],
     }

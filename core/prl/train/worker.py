@@ -22,7 +22,7 @@ import attrs
 import torch
 from torch import nn
 
-from prl.blocks import checkpoint, kernels
+from prl.blocks import checkpoint, kernels, rounding
 from prl.blocks.precision import cast
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
@@ -192,10 +192,13 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             weight_map=weight_map,
             number_format=number_format,
             float32=_model_provider(composition).float32,
+            unquantized=_model_provider(composition).unquantized,
             sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
         ),
         saver=Saver(functools.partial(Connection, run_dir, f"trainer-{ranks.rank}-checkpoints")),
-        huggingface=_huggingface(run, model, weight_map, ranks) if run.checkpoints.huggingface else None,
+        huggingface=_huggingface(run, model, weight_map, ranks, number_format)
+        if run.checkpoints.huggingface
+        else None,
         version=version,
     )
 
@@ -221,19 +224,24 @@ def _build_model(
         model: nn.Module = composition.build(run.model, vocab_size)
     cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
     if run.trainer.initial_weights:
-        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
+        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights), number_format=number_format)
+    if number_format.fake_quantization:
+        rounding.install(model, weight_map, number_format, unquantized=_model_provider(composition).unquantized)
     layers.apply(model, run.trainer)
     ranks.shard(model)
     return model
 
 
-def _huggingface(run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks) -> HuggingFaceExport:
+def _huggingface(
+    run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks, number_format: NumberFormat
+) -> HuggingFaceExport:
     return HuggingFaceExport(
         model=model,
         weight_map=weight_map,
         writes=ranks.rank == 0,
         tokenizer=Path(run.tokenizer.file) if run.tokenizer.file else None,
         origin=Path(run.trainer.initial_weights) if run.trainer.initial_weights else None,
+        origin_format=number_format,
     )
 
 

@@ -25,6 +25,8 @@ class Loaded:
     weight_map: WeightMap
     tokenizer: Tokenizer
     renderer: Renderer
+    number_format: NumberFormat | None = None
+    """What decodes received weights; None: they come as they are."""
 
     @property
     def model(self) -> LanguageModel:
@@ -46,6 +48,7 @@ def load(composition: Composition) -> Loaded:
         name=provider.name,
         module=module.eval().requires_grad_(False),
         weight_map=composition.load(provider.weights)(run.model, tokenizer.vocab_size),
+        number_format=number_format,
         tokenizer=tokenizer,
         renderer=composition.load(provider.render)(run.model, tokenizer),
     )

@@ -55,7 +55,7 @@ async def serve(context: EngineContext) -> None:
         batch_invariant=batch_invariant(config, run),
         routing=replayed(context.composition),
     )
-    weights = Weights(loaded.module, loaded.weight_map, context.receiver)
+    weights = Weights(loaded.module, loaded.weight_map, context.receiver, number_format=loaded.number_format)
     generation = Generation(scheduler)
     engine = Engine(scheduler, generation, weights, vocab_size=len(loaded.model.head()))
     async with asyncio.TaskGroup() as tasks:
