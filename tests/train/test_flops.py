@@ -1,7 +1,7 @@
 """Own counts against torch's counter, which looks at the shapes of the products that are really computed.
 
-The counter counts what runs, on rectangles: all pairs of a document, also those a causal mask hides, and values padded to
-the size of the keys. `Everything` counts pairs the same way; what then differs is stated. Nothing is computed: the
+The counter counts what runs, on rectangles: all pairs of a document, also those a causal mask hides, and values padded
+to the size of the keys. `Everything` counts pairs the same way; what then differs is stated. Nothing is computed: the
 models are fake tensors.
 """
 

@@ -50,7 +50,10 @@ def _remedy(study: Study, outcomes: Sequence[Outcome]) -> tuple[str, Outcome]:
     """The least that makes a layout work: checkpoints of activations, the optimizer elsewhere, more ranks."""
     layouts = [outcome.layout for outcome in outcomes if outcome.memory]
     options = study.options
-    checkpoints, offload = "activation checkpointing (--checkpointing full)", "optimizer state in host memory (--offload)"
+    checkpoints, offload = (
+        "activation checkpointing (--checkpointing full)",
+        "optimizer state in host memory (--offload)",
+    )
     tried = (
         (checkpoints, attrs.evolve(options, checkpointing="full")),
         (offload, attrs.evolve(options, optimizer_offload=True)),

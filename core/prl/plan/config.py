@@ -12,7 +12,9 @@ from prl.plan.serving import Fleet
 
 def layout_of(run: Run, given: Sequence[str]) -> Layout:
     """Of `[trainer]`, with `axis=degree` from the command line; `shard` takes the ranks that are left."""
-    degrees: dict[str, int] = {axis: getattr(run.trainer, axis, 0) for axis in ("replicate", "shard", "context", "expert")}
+    degrees: dict[str, int] = {
+        axis: getattr(run.trainer, axis, 0) for axis in ("replicate", "shard", "context", "expert")
+    }
     degrees |= {axis: values[0] for text in given for axis, values in parsed(text).items()}
     others = max(1, degrees["replicate"]) * max(1, degrees["context"])
     shard = degrees["shard"] or max(1, run.trainer.ranks // others)
@@ -31,10 +33,9 @@ def offload_of(run: Run, given: bool) -> bool:
 
 def fleet_of(run: Run, devices: int | None) -> Fleet:
     """The engines, each of so many devices."""
-    return Fleet(engines=run.engine.count, devices=devices or getattr(run.engine, "gpus", 1))
+    return Fleet(engines=run.engine.count, devices=devices or int(getattr(run.engine, "gpus", 1)))
 
 
 def axes(specifications: Sequence[str]) -> Mapping[str, Sequence[int]]:
     """Of `--sweep`."""
     return {axis: values for text in specifications for axis, values in parsed(text).items()}
-

@@ -77,7 +77,8 @@ def _memory_rows(memory: Memory, study: Study) -> Rows:
     rows = [[name, _gb(size), note] for name, size, note in held]
     budget = study.budget
     return rows + [
-        [f"most in {phase}", _gb(size), f"{size / budget:.0%} of {_gb(budget)}"] for phase, size in memory.phases.items()
+        [f"most in {phase}", _gb(size), f"{size / budget:.0%} of {_gb(budget)}"]
+        for phase, size in memory.phases.items()
     ]
 
 
@@ -91,7 +92,13 @@ def _time_rows(time: StepTime) -> Rows:
             rows.append([name, *cells, f"{flops / 1e12:,.1f}" if flops else "", _number(received)])
     return [
         *rows,
-        ["tokens per second", f"{time.tokens / time.seconds:,.0f}", f"{time.tokens_per_second_per_device:,.0f} per device", "", ""],
+        [
+            "tokens per second",
+            f"{time.tokens / time.seconds:,.0f}",
+            f"{time.tokens_per_second_per_device:,.0f} per device",
+            "",
+            "",
+        ],
         ["MFU", f"{time.mfu:.1%}", f"of {time.peak / 1e12:,.0f} TFLOP/s", "", ""],
     ]
 
@@ -107,7 +114,10 @@ def _engine_rows(study: Study, engines: Serving) -> Rows:
         ["engines", f"{fleet.engines} of {fleet.devices} devices"],
         ["weights", f"{_gb(engines.weights)} of {_gb(study.options.device.memory)} on a device"],
         ["a token leaves", f"{engines.bytes_per_token:,} bytes, and a sequence {engines.bytes_per_sequence:,}"],
-        ["room for", fits if engines.longest_sequences else "none: the weights fill the device; more devices an engine"],
+        [
+            "room for",
+            fits if engines.longest_sequences else "none: the weights fill the device; more devices an engine",
+        ],
         ["decoding", f"{engines.decoding:,} sequences at once, {1e3 * engines.decode_seconds:,.1f} ms a token of each"],
         ["longest rollout", f"{engines.longest_rollout:,.0f} s of sampling alone"],
         ["weight update", f"{_gb(engines.update_bytes)} a copy, {engines.update_seconds:,.1f} s at least"],
@@ -158,7 +168,10 @@ def _assumed(study: Study) -> Rows:
     rows.append(["balance", "experts get equally many tokens; documents are shared equally within context"])
     if selecting:
         rows.append(
-            ["selection", f"of {selecting[0]:,} tokens by a fused kernel; the reference's masks would not fit in memory"]
+            [
+                "selection",
+                f"of {selecting[0]:,} tokens by a fused kernel; the reference's masks would not fit in memory",
+            ]
         )
     return rows
 

@@ -126,7 +126,9 @@ def memory(survey: Survey, settings: Settings, micro_batch: Sequence[int], *, sa
     ]
     head = survey.head_footprint(max(1, round(tokens * sampled)), chunk=settings.logprob_chunk)
     units = _units(survey, settings)
-    kept = shared + sum(len(kind.layers) * _kept(f, row, settings) for kind, f in zip(survey.kinds, layers, strict=True))
+    kept = shared + sum(
+        len(kind.layers) * _kept(f, row, settings) for kind, f in zip(survey.kinds, layers, strict=True)
+    )
     base = parameters + gradients + optimizer + kept + units.root
     if settings.checkpointing == "full":
         working = max(max(f.forward_peak, f.backward_peak) for f in layers)

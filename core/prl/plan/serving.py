@@ -1,7 +1,7 @@
 """The engines: bytes of weights on a device, room for tokens, seconds to sample a step's tokens, and an update.
 
-Attention is copied to every device of an engine and serves its own sequences; experts are divided. A decoding step reads
-the weights it touches and what its sequences remember, and takes no less than `FLOOR` seconds. Lower bounds.
+Attention is copied to every device of an engine and serves its own sequences; experts are divided. A decoding step
+reads the weights it touches and what its sequences remember, and takes no less than `FLOOR` seconds. Lower bounds.
 """
 
 from __future__ import annotations

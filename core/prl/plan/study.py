@@ -89,9 +89,7 @@ class Study:
         if reasons:
             return Outcome(layout=layout, reasons=tuple(reasons))
         settings = self._settings(layout)
-        batches = micro_batches(
-            self.lengths, data_ranks=layout.data_ranks, micro_batch_tokens=self._micro_batch_tokens
-        )
+        batches = micro_batches(self.lengths, data_ranks=layout.data_ranks, micro_batch_tokens=self._micro_batch_tokens)
         heaviest = max((lengths for rank in batches for lengths in rank), key=sum)
         needed = memory(self.survey, settings, heaviest, sampled=self.options.rollouts.sampled)
         time = step_time(

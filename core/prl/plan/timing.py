@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -96,7 +96,7 @@ def step_time(
     )
 
 
-def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
+def _add(total: dict[str, float], more: Mapping[Any, float]) -> None:
     for name, value in more.items():
         total[name] = total.get(name, 0.0) + value
 

@@ -25,7 +25,7 @@ from prl.blocks.attention import GroupedQueryAttention
 from prl.blocks.dsa import Indexer, SharedIndex
 from prl.blocks.mamba2 import CausalConvolution, Mamba2
 from prl.blocks.mla import MultiHeadLatentAttention
-from prl.blocks.moe import LatentMixtureOfExperts, MixtureOfExperts
+from prl.blocks.moe import MixtureOfExperts
 from prl.errors import UserError
 
 Work: TypeAlias = Literal["dense", "experts", "attention", "index", "scan", "head"]
@@ -202,8 +202,10 @@ def _(module: MixtureOfExperts, packed: Packed) -> Flops:
     size = sum(parameter.numel() for parameter in experts.parameters()) // len(router.weight)
     rows = packed.tokens * router.experts_per_token
     chosen = product(experts, rows, size, "experts")
-    return product(router, packed.tokens, router.weight.numel()) + chosen + _children(
-        module, packed, without=("gate", "experts")
+    return (
+        product(router, packed.tokens, router.weight.numel())
+        + chosen
+        + _children(module, packed, without=("gate", "experts"))
     )
 
 

@@ -135,15 +135,11 @@ class Survey:
         return self.model.get_submodule(f"layers.{kind.layers[0]}")
 
 
-def survey(
-    build: Callable[[], nn.Module], *, device: str, dtype: torch.dtype, float32: Sequence[str] = ()
-) -> Survey:
+def survey(build: Callable[[], nn.Module], *, device: str, dtype: torch.dtype, float32: Sequence[str] = ()) -> Survey:
     """Build a `prl.providers.LanguageModel` without data and look at it; `float32` are endings of names."""
     with without_data(device, dtype):
         model = build()
-    experts = {
-        f"{name}.experts." for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)
-    }
+    experts = {f"{name}.experts." for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
     parameters = tuple(
         ParameterInfo(
             name=name,

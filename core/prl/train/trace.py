@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import attrs
@@ -45,11 +46,11 @@ class Footprint:
     """Read and written by operations that are no matrix products, forward and backward."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations make while they live, each rounded up as an allocator would."""
 
     def __init__(self, granularity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.traffic = 0
         self._granularity = granularity
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -58,7 +59,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if any([self._born(t) for t in made]) and not _is_product(func):
+        born = sum(self._born(t) for t in made)
+        if born and not _is_product(func):
             read = (t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor))
             self.traffic += sum(t.numel() * t.itemsize for t in (*made, *read))
         return out
@@ -90,7 +92,7 @@ def _is_product(func: Any) -> bool:
 
 @contextmanager
 def without_data(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, new tensors have no memory and by default this dtype; `device` is where they would be, `cpu` or another."""
+    """Inside, new tensors have no memory and by default this dtype; they would be on `device`, `cpu` or another."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -116,8 +118,7 @@ def layer_footprints(
         for layer in layers:
             layer(x, context, 0)
     footprints = [
-        footprint(lambda layer=layer: layer(x, context, 0), layer.parameters(), x, granularity=granularity)
-        for layer in layers
+        footprint(partial(layer, x, context, 0), layer.parameters(), x, granularity=granularity) for layer in layers
     ]
     return sharing.now, footprints
 
@@ -141,7 +142,11 @@ def footprint(
     live = LiveBytes(granularity)
     held = list(parameters)
     live.adopt((x, *inputs, *held))
-    hooks = [p.register_post_accumulate_grad_hook(_forget) for p in held if p.requires_grad]
+    hooks: list[Any] = [
+        p.register_post_accumulate_grad_hook(_forget)  # type: ignore[no-untyped-call]
+        for p in held
+        if p.requires_grad
+    ]
     kept: list[bool] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -153,7 +158,7 @@ def footprint(
             out = run()
         made, saved, forward_peak = out.untyped_storage().nbytes(), live.now, live.peak
         live.peak = live.now
-        out.backward(torch.empty_like(out))
+        out.backward(torch.empty_like(out))  # type: ignore[no-untyped-call]
     for hook in hooks:
         hook.remove()
     x.grad = None
