@@ -66,6 +66,8 @@ class Memory:
     """Optimizer state in host memory."""
     gathered: int
     kept: int
+    scored: int
+    """What the head keeps: the hidden states of scored tokens."""
     working: int
     phases: Mapping[str, int]
 
@@ -112,32 +114,44 @@ def held(parameters: Sequence[ParameterInfo], settings: Settings, rank: int = 0)
     return in_all, in_gradients, round(state)
 
 
-def memory(survey: Survey, settings: Settings, micro_batch: Sequence[int], *, sampled: float) -> Memory:
-    """Of rank 0 when the heaviest micro-batch has documents of these lengths, of which a share is scored."""
+def memory(
+    survey: Survey,
+    settings: Settings,
+    micro_batch: Sequence[int],
+    *,
+    sampled: float,
+    accumulating: bool = True,
+    granularity: int = 512,
+) -> Memory:
+    """Of rank 0 when the heaviest micro-batch has documents of these lengths, of which a share is scored.
+
+    `accumulating`: there were micro-batches before it, so gradients exist from its beginning.
+    """
     parameters, gradients, state = held(survey.parameters, settings)
     optimizer = 0 if settings.optimizer_offload else state
     lengths = part(micro_batch, settings.layout.context)
     tokens = sum(lengths)
     row = tokens * survey.hidden_size * settings.formats.compute
-    shared, footprints = survey.footprints(lengths, expert=settings.layout.expert)
+    scored = max(1, round(tokens * sampled))
+    shared, footprints, ends = survey.footprints(lengths, expert=settings.layout.expert, granularity=granularity)
     layers = [
         _with_context(footprint, kind, settings, micro_batch)
         for kind, footprint in zip(survey.kinds, footprints, strict=True)
     ]
-    head = survey.head_footprint(max(1, round(tokens * sampled)), chunk=settings.logprob_chunk)
+    head = survey.head_footprint(scored, chunk=settings.logprob_chunk, granularity=granularity)
     units = _units(survey, settings)
-    kept = shared + sum(
-        len(kind.layers) * _kept(f, row, settings) for kind, f in zip(survey.kinds, layers, strict=True)
-    )
-    base = parameters + gradients + optimizer + kept + units.root
-    if settings.checkpointing == "full":
-        working = max(max(f.forward_peak, f.backward_peak) for f in layers)
-    else:
-        working = max(f.backward_peak - f.saved for f in layers)
+    each_kept = [_kept(footprint, row, settings) for footprint in layers]
+    kept = shared + ends.saved + sum(len(k.layers) * n for k, n in zip(survey.kinds, each_kept, strict=True))
+    static = parameters + optimizer + units.root + (gradients if accumulating else 0)
+    chosen = row * scored // tokens  # hidden states of the scored tokens, copied together
     phases = {
-        "forward": base + units.gathered + max(f.forward_peak - f.saved for f in layers),
-        "head": base + row + head.backward_peak + units.head_gradient,
-        "backward": base + units.gathered + units.gradients + units.head_gradient + working,
+        "forward": static + kept + units.gathered + max(f.forward_peak - f.saved for f in layers),
+        "head": static + kept + row + chosen + head.backward_peak + units.head_gradient,
+        "backward": static
+        + units.gathered
+        + units.gradients
+        + units.head_gradient
+        + _backward(survey, settings, layers, each_kept, kept, grow=not accumulating),
         "optimizer": parameters + gradients + optimizer,
     }
     return Memory(
@@ -147,7 +161,8 @@ def memory(survey: Survey, settings: Settings, micro_batch: Sequence[int], *, sa
         host=state if settings.optimizer_offload else 0,
         gathered=units.root + units.gathered + units.gradients + units.head_gradient,
         kept=kept,
-        working=working,
+        scored=chosen + head.saved,
+        working=max(_working(footprint, settings) for footprint in layers),
         phases=phases,
     )
 
@@ -157,6 +172,36 @@ def _kept(footprint: Footprint, row: int, settings: Settings) -> int:
     if settings.checkpointing == "full":
         return row
     return footprint.saved + (row if footprint.keeps_input else 0)
+
+
+def _working(footprint: Footprint, settings: Settings) -> int:
+    """What a layer's backward pass needs beside what was kept for it."""
+    if settings.checkpointing == "full":
+        return max(footprint.forward_peak, footprint.backward_peak)
+    return footprint.backward_peak - footprint.saved
+
+
+def _backward(
+    survey: Survey,
+    settings: Settings,
+    layers: Sequence[Footprint],
+    each_kept: Sequence[int],
+    kept: int,
+    *,
+    grow: bool,
+) -> int:
+    """The most that activations, and gradients that `grow` meanwhile, come to: layer by layer, the last one first."""
+    kind_of = {index: number for number, kind in enumerate(survey.kinds) for index in kind.layers}
+    gradients: dict[int | None, int] = {}
+    for p in survey.parameters:
+        size = shard_size(p, settings.layout) * settings.formats.parameter if p.trained and grow else 0
+        gradients[p.layer] = gradients.get(p.layer, 0) + size
+    now, most = kept + gradients.get(None, 0), 0
+    for index in sorted(kind_of, reverse=True):
+        number = kind_of[index]
+        most = max(most, now + _working(layers[number], settings))
+        now += gradients.get(index, 0) - each_kept[number]
+    return max(most, now)
 
 
 @attrs.frozen

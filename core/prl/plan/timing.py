@@ -116,7 +116,7 @@ class _Costs:
         self._survey, self._settings, self._rates, self._sampled = survey, settings, rates, sampled
         heaviest = max((m for rank in micro_batches for m in rank), key=sum)
         lengths = part(heaviest, settings.layout.context)
-        _, footprints = survey.footprints(lengths, expert=settings.layout.expert)
+        _, footprints, _ = survey.footprints(lengths, expert=settings.layout.expert)
         moved = sum(len(kind.layers) * f.traffic for kind, f in zip(survey.kinds, footprints, strict=True))
         again = 4 / 3 if settings.checkpointing == "full" else 1.0
         self._moved_per_token = again * moved / max(1, sum(lengths))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import singledispatch
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -23,7 +23,9 @@ from prl.blocks.moe import MixtureOfExperts
 from prl.providers import NumberFormat, WeightMap
 from prl.train import flops
 from prl.train.flops import Flops, Packed
-from prl.train.trace import Footprint, head_footprint, layer_footprints, without_data
+from prl.train.trace import Footprint, ends_footprint, head_footprint, layer_footprints, without_data
+
+_Answer = TypeVar("_Answer")
 
 
 @attrs.frozen(kw_only=True)
@@ -99,37 +101,58 @@ class Survey:
     """Whose paths are followed: `cpu` or `cuda`."""
     dtype: torch.dtype
     """Of the computation."""
+    _known: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)
+    """Answers that were given: many layouts ask the same."""
 
     @property
     def vocab_size(self) -> int:
         return len(self.model.head())  # type: ignore[operator]
 
-    def layer_flops(self, lengths: Sequence[int]) -> list[Flops]:
+    def layer_flops(self, lengths: tuple[int, ...]) -> list[Flops]:
         """Of one layer of every kind, for packed documents."""
-        return [flops.count(self._layer(kind), Packed(lengths)) for kind in self.kinds]
+        return self._once(lengths, lambda: [flops.count(self._layer(kind), Packed(lengths)) for kind in self.kinds])
 
     def head_flops(self, scored: int) -> Flops:
         """Of the logits of `scored` tokens."""
         return flops.head_flops(self.model.head(), scored)  # type: ignore[operator]
 
     def footprints(
-        self, lengths: Sequence[int], *, expert: int = 1, granularity: int = 512
-    ) -> tuple[int, list[Footprint]]:
-        """Bytes that layers share, and the footprint of one layer of every kind, where `expert` ranks share experts.
+        self, lengths: tuple[int, ...], *, expert: int = 1, granularity: int = 512
+    ) -> tuple[int, list[Footprint], Footprint]:
+        """Bytes that layers share; the footprints of one layer of every kind and of what comes before and after all.
+
+        `expert` ranks share the experts of a layer.
 
         Attention over a selection is traced as attention over all earlier tokens by a fused kernel: the reference's
         masks [L, L] fit no accelerator at the lengths that are selected from (`prl.plan.memory` adds what a kernel
         for it keeps).
         """
-        with without_data(self.device, self.dtype):
-            layers = [_traceable(self._layer(kind), expert) for kind in self.kinds]
-            return layer_footprints(layers, lengths, hidden_size=self.hidden_size, granularity=granularity)
+
+        def trace() -> tuple[int, list[Footprint], Footprint]:
+            with without_data(self.device, self.dtype):
+                layers = [_traceable(self._layer(kind), expert) for kind in self.kinds]
+                shared, each = layer_footprints(layers, lengths, hidden_size=self.hidden_size, granularity=granularity)
+                ends = copy.copy(self.model)
+                ends._modules = {**self.model._modules, "layers": nn.ModuleList()}
+                return shared, each, ends_footprint(ends, lengths, granularity=granularity)
+
+        return self._once((lengths, expert, granularity), trace)
 
     def head_footprint(self, rows: int, *, chunk: int, granularity: int = 512) -> Footprint:
         """Of the log-probabilities of `rows` tokens."""
-        with without_data(self.device, self.dtype):
-            head = nn.Parameter(torch.empty(self.vocab_size, self.hidden_size))
-            return head_footprint(head, rows, chunk=chunk, entropy=True, granularity=granularity)
+
+        def trace() -> Footprint:
+            with without_data(self.device, self.dtype):
+                head = nn.Parameter(torch.empty(self.vocab_size, self.hidden_size))
+                return head_footprint(head, rows, chunk=chunk, entropy=True, granularity=granularity)
+
+        return self._once((rows, chunk, granularity), trace)
+
+    def _once(self, asked: Any, answer: Callable[[], _Answer]) -> _Answer:
+        if asked not in self._known:
+            self._known[asked] = answer()
+        known: _Answer = self._known[asked]
+        return known
 
     def _layer(self, kind: Kind) -> nn.Module:
         return self.model.get_submodule(f"layers.{kind.layers[0]}")
@@ -231,7 +254,7 @@ def _(module: Mamba2) -> Remembered:
 
 # --- layers that can be traced ----------------------------------------------------------------------------------------
 class _Share(nn.Module):
-    """The experts of one rank of several, given the tokens that a balanced router sends there: as many as it sends out."""
+    """The experts of one rank of several, given as many tokens as the rank sends out: a balanced router's."""
 
     def __init__(self, experts: nn.Module, ranks: int) -> None:
         super().__init__()

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,10 +95,16 @@ def without_data(device: str, dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode() if device == "cpu" else nullcontext(), torch.device("cpu" if device == "cpu" else "meta"):
+        with _fake_tensors() if device == "cpu" else torch.device("meta"):
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _fake_tensors() -> AbstractContextManager[Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
+    return FakeTensorMode()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def layer_footprints(
@@ -109,8 +114,7 @@ def layer_footprints(
 
     Inside `without_data`, with the layers' parameters made there.
     """
-    positions = torch.zeros(sum(lengths), dtype=torch.int64)
-    context = Context(lengths=tuple(lengths), positions=positions, longest=max(lengths, default=0))
+    context = _packed(lengths)
     x = torch.empty(sum(lengths), hidden_size).requires_grad_()
     sharing = LiveBytes(granularity)
     sharing.adopt((x, *(parameter for layer in layers for parameter in layer.parameters())))
@@ -121,6 +125,18 @@ def layer_footprints(
         footprint(partial(layer, x, context, 0), layer.parameters(), x, granularity=granularity) for layer in layers
     ]
     return sharing.now, footprints
+
+
+def _packed(lengths: Sequence[int]) -> Context:
+    positions = torch.zeros(sum(lengths), dtype=torch.int64)
+    return Context(lengths=tuple(lengths), positions=positions, longest=max(lengths, default=0))
+
+
+def ends_footprint(model: nn.Module, lengths: Sequence[int], *, granularity: int) -> Footprint:
+    """Of what comes before and after the layers of a model, whose `layers` are gone; inside `without_data`."""
+    context, tokens = _packed(lengths), torch.zeros(sum(lengths), dtype=torch.int64)
+    run: Callable[[], Tensor] = partial(model.hidden, tokens, context)  # type: ignore[arg-type]
+    return footprint(run, model.parameters(), torch.empty(0), tokens, context.positions, granularity=granularity)
 
 
 def head_footprint(head: nn.Parameter, rows: int, *, chunk: int, entropy: bool, granularity: int) -> Footprint:

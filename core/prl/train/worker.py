@@ -239,7 +239,7 @@ def _throughput(
 ) -> Throughput:
     """Counts by a model without data, because parts of the real one may be elsewhere."""
     build = functools.partial(composition.build, composition.run.model, vocab_size)
-    surveyed = survey(build, device=ranks.device.type, dtype=number_format.train_dtype)
+    surveyed = survey(build, device="cuda", dtype=number_format.train_dtype)
     return Throughput(survey=surveyed, device=ranks.device)
 
 
