@@ -51,7 +51,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from prl.compose.compose import compose
     from prl.plan.advise import advise
-    from prl.plan.config import axes, checkpointing_of, fleet_of, layout_of, offload_of
+    from prl.plan.config import axes, checkpointing_of, fleet_of, layout_of
     from prl.plan.describe import as_json, sections
     from prl.plan.devices import named
     from prl.plan.study import Options, study
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         rollouts=_rollouts(arguments),
         compute=_dtype(arguments.compute),
         checkpointing=checkpointing_of(config, arguments.checkpointing),
-        optimizer_offload=offload_of(config, arguments.offload),
+        optimizer_offload=arguments.offload or config.trainer.optimizer_offload,
     )
     layout, swept = layout_of(config, arguments.layout), axes(arguments.sweep)
     studied = study(composition, options)

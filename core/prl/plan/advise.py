@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from prl.plan.layout import Layout, combinations, neighbours
+from prl.plan.layout import combinations, neighbours, shown
 from prl.plan.study import Outcome, Study, fastest
+from prl.train.layout import Layout
 
 
 @attrs.frozen(kw_only=True)
@@ -34,10 +35,10 @@ def advise(study: Study, layout: Layout, axes: Mapping[str, Sequence[int]]) -> A
     best = fastest([configured, *others])
     ordered = tuple(sorted(others, key=_order))
     if best is not None:
-        shown = configured if configured.works else best
-        return Advice(configured=configured, others=ordered, remedy="", shown=shown)
-    remedy, shown = _remedy(study, [configured, *others])
-    return Advice(configured=configured, others=ordered, remedy=remedy, shown=shown)
+        detailed = configured if configured.works else best
+        return Advice(configured=configured, others=ordered, remedy="", shown=detailed)
+    remedy, detailed = _remedy(study, [configured, *others])
+    return Advice(configured=configured, others=ordered, remedy=remedy, shown=detailed)
 
 
 def _order(outcome: Outcome) -> tuple[bool, bool, float]:
@@ -63,11 +64,11 @@ def _remedy(study: Study, outcomes: Sequence[Outcome]) -> tuple[str, Outcome]:
         if changed != options:
             found = fastest([attrs.evolve(study, options=changed).outcome(layout) for layout in layouts])
             if found:
-                return f"{sentence}, as {found.layout}", found
+                return f"{sentence}, as {shown(found.layout)}", found
     smallest = min((o for o in outcomes if o.memory), key=lambda o: o.memory.peak if o.memory else 0)
     assert smallest.memory is not None
     return (
-        f"more ranks: the smallest, {smallest.layout}, needs {smallest.memory.peak / 1e9:.0f} GB of "
+        f"more ranks: the smallest, {shown(smallest.layout)}, needs {smallest.memory.peak / 1e9:.0f} GB of "
         f"{study.budget / 1e9:.0f} GB on {study.ranks}",
         smallest,
     )

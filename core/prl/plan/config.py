@@ -1,34 +1,27 @@
-"""What a config says about layout and memory; command-line options fill in or change the rest."""
+"""What a config says about layout and memory, and what options of the command line make of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from prl.compose.config import Run
-from prl.plan.layout import Layout, parsed
+from prl.plan.layout import AXES, parsed
 from prl.plan.memory import Checkpointing
 from prl.plan.serving import Fleet
+from prl.train.layout import Layout
 
 
 def layout_of(run: Run, given: Sequence[str]) -> Layout:
     """Of `[trainer]`, with `axis=degree` from the command line; `shard` takes the ranks that are left."""
-    degrees: dict[str, int] = {
-        axis: getattr(run.trainer, axis, 0) for axis in ("replicate", "shard", "context", "expert")
-    }
+    degrees: dict[str, int] = {axis: getattr(run.trainer, axis) for axis in AXES}
     degrees |= {axis: values[0] for text in given for axis, values in parsed(text).items()}
-    others = max(1, degrees["replicate"]) * max(1, degrees["context"])
-    shard = degrees["shard"] or max(1, run.trainer.ranks // others)
-    return Layout(**{axis: max(1, degree) for axis, degree in degrees.items()} | {"shard": shard})
+    left = max(1, run.trainer.ranks // (degrees["replicate"] * degrees["context"]))
+    return Layout(**{**degrees, "shard": degrees["shard"] or left})
 
 
 def checkpointing_of(run: Run, given: str | None) -> Checkpointing:
-    """Selective checkpointing keeps less than none does: it is planned as none."""
-    chosen = given or getattr(run.trainer, "activation_checkpointing", "none")
-    return "full" if chosen == "full" else "none"
-
-
-def offload_of(run: Run, given: bool) -> bool:
-    return given or bool(getattr(run.trainer, "optimizer_offload", False))
+    """What selective checkpointing keeps depends on what it selects; it is planned as none, which keeps more."""
+    return "full" if (given or run.trainer.activation_checkpointing) == "full" else "none"
 
 
 def fleet_of(run: Run, devices: int | None) -> Fleet:

@@ -6,12 +6,13 @@ from typing import Any, TypeAlias
 
 import attrs
 
+from prl.plan import layout as layouts
 from prl.plan.advise import Advice
-from prl.plan.layout import AXES, Layout
 from prl.plan.memory import Memory
 from prl.plan.serving import FLOOR, Serving
 from prl.plan.study import RESERVED, Outcome, Study, waits
 from prl.plan.timing import StepTime
+from prl.train.layout import Layout
 
 Rows: TypeAlias = list[list[str]]
 _SHOWN = 12
@@ -58,11 +59,13 @@ def _verdict(advice: Advice) -> str:
     if advice.configured.works:
         return "as configured"
     reasons = "; ".join(advice.configured.reasons)
-    return f"the configured one ({advice.configured.layout}) cannot work ({reasons}); the fastest that does"
+    return (
+        f"the configured one ({layouts.shown(advice.configured.layout)}) cannot work ({reasons}); the fastest that does"
+    )
 
 
 def _layout_rows(layout: Layout) -> Rows:
-    return [[axis, str(getattr(layout, axis))] for axis in AXES]
+    return [[axis, str(getattr(layout, axis))] for axis in layouts.AXES]
 
 
 def _memory_rows(memory: Memory, study: Study) -> Rows:
@@ -141,7 +144,7 @@ def _works(advice: Advice) -> Rows:
         time = outcome.time
         rows.append(
             [
-                str(outcome.layout),
+                layouts.shown(outcome.layout),
                 f"{outcome.memory.peak / 1e9:,.0f}",
                 f"{time.seconds:,.1f}",
                 f"{time.tokens_per_second_per_device:,.0f}",
@@ -154,7 +157,7 @@ def _works(advice: Advice) -> Rows:
 
 def _fails(advice: Advice) -> Rows:
     outcomes = [outcome for outcome in (advice.configured, *advice.others) if not outcome.works]
-    rows = [[str(outcome.layout), "; ".join(outcome.reasons)] for outcome in outcomes[:_SHOWN]]
+    rows = [[layouts.shown(outcome.layout), "; ".join(outcome.reasons)] for outcome in outcomes[:_SHOWN]]
     more = len(outcomes) - _SHOWN
     return rows + ([[f"and {more} more", ""]] if more > 0 else [])
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import attrs
 
 from prl.plan.devices import Rates
-from prl.plan.layout import Layout
+from prl.plan.layout import experts_over, sharded_over
 from prl.plan.memory import REDUCE_BYTES, Settings
+from prl.train.layout import Layout
 
 if TYPE_CHECKING:
     from prl.train.survey import Survey
@@ -72,7 +73,7 @@ def exchanges(survey: Survey, settings: Settings, tokens: int, rates: Rates) -> 
 
 def replicate(gradients: int, layout: Layout, rates: Rates) -> Exchange:
     """Of one step: every rank's `gradients` bytes summed with those of the other copies."""
-    group = _Group.of(layout.replicate, layout.sharded_over, rates)
+    group = _Group.of(layout.replicate, sharded_over(layout), rates)
     once = group.collective(gradients, rates)
     return Exchange(bytes=2 * once.bytes, seconds=2 * once.seconds)
 
@@ -83,8 +84,8 @@ def _shard(survey: Survey, settings: Settings, rates: Rates) -> Exchange:
     volumes = {False: 0.0, True: 0.0}
     for p in survey.parameters:
         volumes[p.expert] += p.size * (2 * compute + (REDUCE_BYTES if p.trained else 0))
-    dense = _Group.of(layout.sharded_over, 1, rates).collective(volumes[False], rates)
-    group = _Group.of(layout.experts_over, layout.expert, rates)
+    dense = _Group.of(sharded_over(layout), 1, rates).collective(volumes[False], rates)
+    group = _Group.of(experts_over(layout), layout.expert, rates)
     experts = group.collective(volumes[True] / layout.expert, rates)
     return Exchange(bytes=dense.bytes + experts.bytes, seconds=dense.seconds + experts.seconds)
 

@@ -1,4 +1,4 @@
-"""How the ranks of a trainer share a model, and why some ways cannot work."""
+"""Layouts of a trainer (`prl.train.layout`) beside the configured one, and why some cannot work."""
 
 from __future__ import annotations
 
@@ -8,44 +8,30 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from prl.errors import UserError
+from prl.train.layout import Layout
 
 AXES = ("replicate", "shard", "context", "expert")
 _SHORT = {"cp": "context", "ep": "expert", "dp": "shard"}
 
 
-@attrs.frozen(kw_only=True)
-class Layout:
-    """Degrees of parallelism. Ranks are numbered with `context` innermost, then `shard`, then `replicate`."""
+def sharded_over(layout: Layout) -> int:
+    """Ranks that hold one copy of what is not an expert."""
+    return layout.shard * layout.context
 
-    replicate: int = 1
-    """Copies of the whole model; gradients are summed over them."""
-    shard: int = 1
-    """Data ranks over which parameters, gradients and optimizer state are divided."""
-    context: int = 1
-    """Ranks that share the tokens of one micro-batch."""
-    expert: int = 1
-    """Ranks that share the experts; borrowed from `shard` and `context`."""
 
-    @property
-    def ranks(self) -> int:
-        return self.replicate * self.shard * self.context
+def experts_over(layout: Layout) -> int:
+    """Ranks that hold one copy of one share of the experts."""
+    return sharded_over(layout) // layout.expert
 
-    @property
-    def data_ranks(self) -> int:
-        return self.replicate * self.shard
 
-    @property
-    def sharded_over(self) -> int:
-        """Ranks that hold one copy of what is not an expert."""
-        return self.shard * self.context
+def shown(layout: Layout) -> str:
+    """The degrees that divide something.
 
-    @property
-    def experts_over(self) -> int:
-        """Ranks that hold one copy of one share of the experts."""
-        return self.sharded_over // self.expert
-
-    def __str__(self) -> str:
-        return " ".join(f"{axis}={getattr(self, axis)}" for axis in AXES if axis == "shard" or getattr(self, axis) > 1)
+    Example:
+        >>> shown(Layout(shard=16, context=8))
+        'shard=16 context=8'
+    """
+    return " ".join(f"{axis}={getattr(layout, axis)}" for axis in AXES if axis == "shard" or getattr(layout, axis) > 1)
 
 
 def impossible(layout: Layout, *, ranks: int, experts: int) -> list[str]:
@@ -54,8 +40,8 @@ def impossible(layout: Layout, *, ranks: int, experts: int) -> list[str]:
     if layout.ranks != ranks:
         product = " x ".join(str(getattr(layout, axis)) for axis in AXES[:3])
         reasons.append(f"replicate x shard x context = {product} = {layout.ranks}, and there are {ranks} ranks")
-    if layout.sharded_over % layout.expert:
-        reasons.append(f"expert={layout.expert} does not divide shard x context = {layout.sharded_over}")
+    if sharded_over(layout) % layout.expert:
+        reasons.append(f"expert={layout.expert} does not divide shard x context = {sharded_over(layout)}")
     if layout.expert > 1 and not experts:
         reasons.append(f"expert={layout.expert}, and the model has no experts")
     elif experts % layout.expert:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import attrs
 
-from prl.plan.layout import Layout
+from prl.plan.layout import experts_over, sharded_over
 from prl.plan.workload import part
+from prl.train.layout import Layout
 
 if TYPE_CHECKING:
     from prl.train.survey import Kind, ParameterInfo, Survey
@@ -84,9 +85,9 @@ def shard_size(parameter: ParameterInfo, layout: Layout, rank: int = 0) -> int:
     """
     shape = list(parameter.shape)
     if not parameter.expert:
-        return _part(shape, 0, layout.sharded_over, rank)
+        return _part(shape, 0, sharded_over(layout), rank)
     shape[0] //= layout.expert
-    ranks = layout.experts_over
+    ranks = experts_over(layout)
     return _part(shape, 0 if ranks <= shape[0] else 1, ranks, rank // layout.expert)
 
 

@@ -12,12 +12,13 @@ import attrs
 from prl.compose.compose import Composition
 from prl.errors import UserError
 from prl.plan.devices import Device
-from prl.plan.layout import Layout, impossible
+from prl.plan.layout import impossible
 from prl.plan.memory import Checkpointing, Formats, Memory, Settings, memory
 from prl.plan.serving import Exported, Fleet, Serving, serving
 from prl.plan.timing import StepTime, step_time
 from prl.plan.workload import Rollouts, micro_batches
 from prl.providers import Model
+from prl.train.layout import Layout
 
 if TYPE_CHECKING:
     from prl.train.survey import Survey
@@ -89,7 +90,7 @@ class Study:
         if reasons:
             return Outcome(layout=layout, reasons=tuple(reasons))
         settings = self._settings(layout)
-        batches = micro_batches(self.lengths, data_ranks=layout.data_ranks, micro_batch_tokens=self._micro_batch_tokens)
+        batches = micro_batches(self.lengths, data_ranks=layout.data, micro_batch_tokens=self._tokens * layout.context)
         heaviest = max((lengths for rank in batches for lengths in rank), key=sum)
         needed = memory(self.survey, settings, heaviest, sampled=self.options.rollouts.sampled)
         time = step_time(
@@ -114,7 +115,8 @@ class Study:
         )
 
     @property
-    def _micro_batch_tokens(self) -> int:
+    def _tokens(self) -> int:
+        """Of a rank at one time."""
         return self.composition.run.trainer.micro_batch_tokens
 
     def _settings(self, layout: Layout) -> Settings:

@@ -129,7 +129,9 @@ def layer_footprints(
 
 def _packed(lengths: Sequence[int]) -> Context:
     positions = torch.zeros(sum(lengths), dtype=torch.int64)
-    return Context(lengths=tuple(lengths), positions=positions, longest=max(lengths, default=0))
+    # A kernel for one document at a time keeps as much as the one for all, which has a form without data.
+    memo = {"long": False}
+    return Context(lengths=tuple(lengths), positions=positions, longest=max(lengths, default=0), memo=memo)
 
 
 def ends_footprint(model: nn.Module, lengths: Sequence[int], *, granularity: int) -> Footprint:
