@@ -92,7 +92,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False
 
 
 def _flash_takes(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Also of tensors without data, which stand for a GPU's (`prl.train.trace`)."""
+    return q.device.type in ("cuda", "meta") and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _are_long(context: Context) -> bool:

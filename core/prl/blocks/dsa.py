@@ -115,6 +115,11 @@ class SharedIndex(nn.Module):
     The context has it by layer: a layer that is computed again, last layers first, must find what it found before.
     """
 
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        """Of that indexer."""
+
     def forward(
         self, x: Tensor, q_latent: Tensor, context: Context, layer_index: int, cache: IndexCache | None
     ) -> Selection | None:

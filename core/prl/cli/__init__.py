@@ -19,6 +19,7 @@ from prl.cli import (
     explain,
     launch,
     logs,
+    plan,
     plugins,
     report,
     resume,
@@ -30,7 +31,7 @@ from prl.cli import (
 )
 from prl.errors import PrlError
 
-COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, simulate, config, plugins, weights, worker)
+COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, simulate, plan, config, plugins, weights, worker)
 """In the order in which `prl --help` shows them."""
 
 

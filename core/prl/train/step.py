@@ -45,6 +45,7 @@ class StepReport:
     sums: Mapping[str, float]
     values: Mapping[str, float]
     seconds: Mapping[str, float]
+    peaks: Mapping[str, float] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -42,6 +42,9 @@ from prl.train.routes import RouteReader
 from prl.train.saver import Saver
 from prl.train.step import Stepper, StepReport
 from prl.train.streams import StreamLoss
+from prl.train.survey import survey
+from prl.train.throughput import Throughput
+from prl.train.tracing import traced
 from prl.types import STREAMS, Stream
 from prl.wire import Connection
 
@@ -78,6 +81,7 @@ class TrainerRank:
     ranks: Ranks
     connection: Connection
     stepper: Stepper
+    throughput: Throughput
     state: TrainerState
     exporter: Exporter
     saver: Saver
@@ -129,9 +133,15 @@ class TrainerRank:
         batch = order.batch
         if batch.version != self.version:
             raise RunError(f"step {batch.step} trains version {batch.version}, and this rank holds {self.version}")
-        report = self.stepper.step(batch, batch.ranks[0], order.learning_rate)
+        with traced(order.trace, self.ranks.rank):
+            report = self.stepper.step(batch, batch.ranks[0], order.learning_rate)
         self.version += 1
-        return report
+        return attrs.evolve(
+            report,
+            sums={**report.sums, **self.throughput.sums(batch.ranks[0])},
+            values={**report.values, **self.throughput.values()},
+            peaks=self.throughput.peaks(),
+        )
 
     def _save(self, step: int, path: Path) -> None:
         snapshot = self.state.snapshot(step=step, version=self.version)
@@ -153,6 +163,7 @@ class TrainerRank:
                 sums=report.sums,
                 values=report.values,
                 seconds=seconds,
+                peaks=report.peaks,
                 manifest=manifest,
             )
         )
@@ -186,6 +197,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             context=ranks.context,
             routes=_routes(composition, run_dir),
         ),
+        throughput=_throughput(composition, ranks, vocab_size, number_format),
         state=state,
         exporter=Exporter(
             model=model,
@@ -230,6 +242,15 @@ def _build_model(
     layers.apply(model, run.trainer)
     ranks.shard(model)
     return model
+
+
+def _throughput(
+    composition: Composition, ranks: Ranks, vocab_size: int, number_format: NumberFormat
+) -> Throughput:
+    """Counts by a model without data, because parts of the real one may be elsewhere."""
+    build = functools.partial(composition.build, composition.run.model, vocab_size)
+    surveyed = survey(build, device="cuda", dtype=number_format.train_dtype)
+    return Throughput(survey=surveyed, device=ranks.device)
 
 
 def _huggingface(
