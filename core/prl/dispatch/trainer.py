@@ -10,17 +10,24 @@ from typing import Any
 import attrs
 
 from prl.checkpoint_dir import FileRecord
-from prl.dispatch.hub import Hub
+from prl.dispatch.hub import DisconnectedError, Hub
 from prl.errors import RunError
 from prl.messages import Publish, Retire, Save, StepDone, TrainStep
 from prl.types import Batch, Manifest
 
+_LAUNCHER_SECONDS = 60.0  # a rank's death reaches the launcher through its agent, which first ends the other ranks
+
 
 class Trainer:
-    """All ranks. Steps and publications are awaited one after the other; a save is awaited while they go on."""
+    """All ranks. Steps and publications are awaited one after the other; a save is awaited while they go on.
 
-    def __init__(self, hub: Hub, peers: Sequence[bytes]) -> None:
+    Where a rank is gone, its launcher knows of what it died and ends the run with that: the controller waits for it,
+    `patience` seconds, before it gives its own word, which is only that the rank is gone.
+    """
+
+    def __init__(self, hub: Hub, peers: Sequence[bytes], *, patience: float = _LAUNCHER_SECONDS) -> None:
         self._hub = hub
+        self._patience = patience
         self._peers = tuple(peers)
         """By rank."""
 
@@ -28,7 +35,7 @@ class Trainer:
         """Train one step, each rank on its own micro-batches; what every rank reports."""
         for peer, micro_batches in zip(self._peers, batch.ranks, strict=True):
             share = attrs.evolve(batch, ranks=(micro_batches,))
-            await self._hub.send(peer, TrainStep(batch=share, learning_rate=learning_rate, publish=publish))
+            await self._send(peer, TrainStep(batch=share, learning_rate=learning_rate, publish=publish))
         return await self._reports()
 
     async def publish(self) -> Manifest:
@@ -55,7 +62,14 @@ class Trainer:
 
     async def _send_all(self, message: Any) -> None:
         for peer in self._peers:
+            await self._send(peer, message)
+
+    async def _send(self, peer: bytes, message: Any) -> None:
+        try:
             await self._hub.send(peer, message)
+        except DisconnectedError:
+            await asyncio.sleep(self._patience)
+            raise
 
     async def _reports(self) -> list[StepDone]:
         return await asyncio.gather(*(self._hub.reply(peer) for peer in self._peers))
