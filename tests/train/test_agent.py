@@ -37,7 +37,7 @@ def test_a_rank_that_fails_ends_the_others_and_is_named(capfd):
         sys.exit(7) if os.environ["RANK"] == "1" else signal.pause()
         """
     )
-    assert launch(program, ranks=2) == 1
+    assert launch(program, ranks=2) == 75
     assert "trainer rank 1 (pid " in capfd.readouterr().err.splitlines()[-1]
 
 

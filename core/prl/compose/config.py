@@ -189,6 +189,32 @@ class CheckpointSection:
 
 
 @attrs.frozen(kw_only=True)
+class FailureSection:
+    """`[failures]`: what becomes of the run when processes die or hang, or rollouts fail for no fault of the policy."""
+
+    restarts: int = option(
+        5, help="times one process may be restarted within `window` steps before it is given up", validator=not_negative
+    )
+    window: int = option(50, help="steps of the run over which restarts are counted", validator=positive)
+    backoff: float = option(
+        1.0,
+        help="seconds before the second restart within the window; doubles with each further one",
+        validator=not_negative,
+    )
+    silence: float = option(
+        60.0, help="seconds without a sign of life after which a process is killed; 0: never", validator=not_negative
+    )
+    minimum_engines: int = option(
+        1, help="the run goes on without engines that were given up as long as so many are left", validator=positive
+    )
+    share: float = option(
+        0.5,
+        help="the run ends when more than this share of the last 16 steps' groups was lost to failures",
+        validator=[positive, validators.le(1)],
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Run:
     """A whole run, composed and checked."""
 
@@ -210,6 +236,7 @@ class Run:
     weights: WeightTransportConfig = option(help="how weights reach the engines")
     evaluation: EvaluationSection = option(attrs.Factory(EvaluationSection), help="held-out tasks")
     checkpoints: CheckpointSection = option(attrs.Factory(CheckpointSection), help="what to continue from")
+    failures: FailureSection = option(attrs.Factory(FailureSection), help="what dies, hangs or fails")
     trackers: tuple[TrackerConfig, ...] = option((), help="where metrics are shown")
     launcher: LauncherConfig = option(help="where processes run")
 

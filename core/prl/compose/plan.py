@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import attrs
 
 from prl.compose.compose import Composition
+from prl.compose.config import FailureSection
 from prl.providers import Environment
 from prl.run_dir import RunDir
 
@@ -38,6 +39,8 @@ class LaunchPlan:
 
     run_dir: RunDir
     processes: tuple[Process, ...]
+    failures: FailureSection = attrs.field(factory=FailureSection)
+    """What becomes of those that die or hang."""
 
 
 def plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
@@ -50,7 +53,7 @@ def plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
     processes += [_process(run_dir, "environment", index) for index in range(workers)]
     ranks, threads = run.trainer.ranks, run.trainer.threads
     processes += [_process(run_dir, "trainer", 0, threads=threads, cpus=ranks * threads, gpus=ranks if cuda else 0)]
-    return LaunchPlan(run_dir=run_dir, processes=tuple(processes))
+    return LaunchPlan(run_dir=run_dir, processes=tuple(processes), failures=run.failures)
 
 
 def _all_cheap(composition: Composition) -> bool:

@@ -2,8 +2,8 @@
 
 Each rank is a process of its own (`prl worker --role trainer-rank`) that finds its peers through the rendezvous this
 agent holds on a free port of the loopback interface, to which what ranks say to each other keeps as well. Ranks are not
-restarted: a run continues from a checkpoint instead. They write to the agent's own stdout and stderr, hence into its
-log. Started by `prl.worker`.
+restarted by themselves: the run goes on from a checkpoint instead (`prl.supervise`). They write to the agent's own
+stdout and stderr, hence into its log. Started by `prl.worker`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from prl.compose.compose import Composition
+from prl.errors import InfrastructureError
 from prl.run_dir import RunDir
+from prl.supervise.policy import is_accident
 from prl.train import rendezvous
 
 
 def main(composition: Composition, run_dir: RunDir, index: int) -> int:
-    """Run the trainer's ranks to their end; 0 when all of them ended well, 1 when one failed."""
+    """Run the trainer's ranks to their end; 0 when all of them ended well."""
     command = [sys.executable, "-m", "prl", "worker", "--run", str(run_dir.path), "--role", "trainer-rank"]
     return launch([*command, "--index", str(index)], ranks=composition.run.trainer.ranks)
 
 
 def launch(command: Sequence[str], *, ranks: int) -> int:
-    """Run `command` once per rank under the elastic agent."""
+    """Run `command` once per rank under the elastic agent; the exit code says whether a restart may help."""
     rendezvous.register()
     rendezvous.keep_to_loopback(os.environ)
     config = LaunchConfig(
@@ -48,7 +50,9 @@ def launch(command: Sequence[str], *, ranks: int) -> int:
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             print(f"trainer rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}", file=sys.stderr)
-        return 1
+        codes = [failure.exitcode for failure in error.failures.values()]
+        final = [code for code in codes if not is_accident(code, under_way=True)]
+        return final[0] if final else InfrastructureError.exit_code
     except SignalException as signal:
         return 128 + int(signal.sigval)
     return 0
