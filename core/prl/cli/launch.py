@@ -85,15 +85,19 @@ def _checkpoint(origin: str) -> Path:
 
 
 def _dry_run(composition: Composition, source: Path) -> str:
+    from prl.compose import describe
     from prl.compose.compose import planned_run_dir
     from prl.compose.plan import plan
 
     run_dir = planned_run_dir(composition, source)
     launcher = composition.build(composition.run.launcher, run_dir.path)
+    planned = plan(composition, run_dir)
     return (
         f"composition\n{columns(_rows(composition))}\n\n"
         f"run directory (not made)\n  {run_dir.path}\n\n"
-        f"processes (not started)\n{launcher.render(plan(composition, run_dir))}"
+        f"nodes\n{columns(describe.groups(planned))}\n\n"
+        f"processes\n{columns(describe.processes(planned))}\n\n"
+        f"to be started by {composition.provider(composition.run.launcher).name!r}\n{launcher.render(planned)}"
     )
 
 

@@ -18,7 +18,7 @@ from prl.providers import Provider
 
 def across_sections(run: Run) -> list[Problem]:
     """Core's own rules; plugins add theirs with `prl_validate`."""
-    return [*_tokenizer(run), *_environments(run), *_lengths(run), *_warmup(run)]
+    return [*_tokenizer(run), *_environments(run), *_lengths(run), *_warmup(run), *_nodes(run)]
 
 
 def _tokenizer(run: Run) -> Iterable[Problem]:
@@ -44,6 +44,13 @@ def _lengths(run: Run) -> Iterable[Problem]:
 def _warmup(run: Run) -> Iterable[Problem]:
     if run.warmup.steps and run.losses.ce is None:
         yield Problem("losses.ce", f"missing section: warmup.steps is {run.warmup.steps}, and it trains this stream")
+
+
+def _nodes(run: Run) -> Iterable[Problem]:
+    if run.trainer.ranks % run.trainer.nodes:
+        yield Problem("trainer.ranks", f"must be a multiple of trainer.nodes ({run.trainer.nodes}), got {run.trainer.ranks}")
+    if run.engine.count < run.engine.nodes:
+        yield Problem("engine.nodes", f"must be <= engine.count ({run.engine.count}), got {run.engine.nodes}")
 
 
 def files(run: Run) -> list[Problem]:

@@ -7,7 +7,7 @@ it makes no sense. Nothing here imports torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import validators
@@ -64,7 +64,18 @@ class EngineConfig:
     """Base of `[engine]` sections."""
 
     count: int = option(1, help="number of engines", validator=positive)
-    host: str = option("127.0.0.1", help="address engines bind to")
+    nodes: int = option(1, help="nodes the engines are spread over", validator=positive)
+    host: str = option("", help="address engines bind to; empty: where the run's network is (run.network)")
+
+    @property
+    def gpus(self) -> int:
+        """Devices of one engine."""
+        return 1
+
+    def kind_of(self, index: int) -> str:
+        """Which part of the work that engine does, where engines divide it: `prefill` or `decode`."""
+        del index
+        return ""
 
 
 @attrs.frozen(kw_only=True)
@@ -85,6 +96,9 @@ class TrackerConfig:
 class LauncherConfig:
     """Base of `[launcher]` sections."""
 
+    spans_hosts: ClassVar[bool] = False
+    """Whether processes may be on several machines: they listen on a network then, and share files but no memory."""
+
 
 # --- core's own sections ----------------------------------------------------------------------------------------------
 @attrs.frozen(kw_only=True)
@@ -94,6 +108,11 @@ class RunSection:
     steps: int = option(help="optimizer steps of the rl phase", validator=not_negative)
     dir: str = option("", help="run directory; by default runs/<config name>-<date>-<time>")
     seed: int = option(0, help="seeds task order, sampling and initial weights", validator=not_negative)
+    network: str = option(
+        "auto",
+        help="where processes listen: loopback, hostname (the address of the host's name), an interface (ib0) or a "
+        "network (10.1.0.0/16); auto: loopback, and hostname where the launcher spans machines",
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -153,7 +172,8 @@ class ScheduleSection:
 class TrainerSection:
     """`[trainer]`: the processes that train."""
 
-    ranks: int = option(1, help="trainer processes (FSDP2 shards over them)", validator=positive)
+    ranks: int = option(1, help="trainer processes in all (FSDP2 shards over them)", validator=positive)
+    nodes: int = option(1, help="nodes the ranks are spread over, evenly", validator=positive)
     threads: int = option(1, help="CPU threads of each rank", validator=positive)
     micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
     logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)

@@ -47,6 +47,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
+from prl import network
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.dispatch.batches import PreparedBatch
@@ -133,7 +134,7 @@ class Controller:
     async def _live(self, resources: AsyncExitStack) -> None:
         """Every loop, while the phases go by."""
         resources.callback(ColumnFolder(self._run_dir.columns).clear)
-        hub = await resources.enter_async_context(Hub(self._run_dir))
+        hub = await resources.enter_async_context(Hub(self._run_dir, network.address(self._composition.run)))
         resources.push_async_callback(_dismiss, hub)
         async with asyncio.TaskGroup() as loops:
             casualties = Casualties(self._run_dir, hub, self._ledger)

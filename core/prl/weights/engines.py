@@ -17,6 +17,7 @@ from typing import cast
 
 import attrs
 
+from prl import network
 from prl.compose.compose import Composition
 from prl.errors import InfrastructureError, is_final
 from prl.messages import Failed, Hello, Stop
@@ -78,7 +79,7 @@ async def _serve(composition: Composition, run_dir: RunDir, index: int, connecti
                     composition=composition,
                     run_dir=run_dir,
                     index=index,
-                    host=run.engine.host,
+                    host=run.engine.host or network.address(run),
                     token=run_dir.token(),
                     receiver=receiver,
                     announce=announce,
