@@ -52,7 +52,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from prl.compose.compose import compose, create_run
+    from prl.compose.compose import compose, create_run, planned_run_dir
     from prl.compose.origin import check_launch
     from prl.compose.plan import plan
 
@@ -62,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(_dry_run(composition, arguments.config))
         return 0
-    run_dir = create_run(composition, arguments.config)
+    intended = planned_run_dir(composition, arguments.config)
+    launcher = composition.build(composition.run.launcher, intended.path)
+    launcher.check(plan(composition, intended))
+    run_dir = create_run(composition, arguments.config, intended)
     print(f"run directory: {run_dir.path}", flush=True)
-    launcher = composition.build(composition.run.launcher, run_dir.path)
     code: int = launcher.launch(plan(composition, run_dir))
     return code
 

@@ -63,6 +63,9 @@ class LocalLauncher:
             lines.append(f"  {process.name:<14} {cores:<7} {environment} {shlex.join(process.argv)}")
         return "\n".join(lines)
 
+    def check(self, plan: LaunchPlan) -> None:
+        """This machine starts whatever it is told to."""
+
     def launch(self, plan: LaunchPlan) -> int:
         """Run the processes of the plan; the exit code of the run."""
         return supervise(plan, spawn, grace=self.grace)
