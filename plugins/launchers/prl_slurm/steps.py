@@ -120,7 +120,7 @@ def command(
 ) -> list[str]:
     """The srun of a step. It shares its node with the run's other steps: the plan has divided it already."""
     step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
-    shared = ["--overlap", "--mem=0", "--cpu-bind=none", "--export=ALL", "--no-kill", "--input=none"]
+    shared = ["--overlap", "--mem=0", "--export=ALL", "--no-kill", "--input=none"]
     component = [f"--het-group={place.component}"] if job.heterogeneous else []
     devices = [python(config), "-m", "prl_slurm.task", f"{place.first_gpu}:{gpus}"]
     inner = ["bash", str(run / "slurm" / "node.sh"), *devices, python(config), *argv[1:]]
