@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from prl.blocks.context import Context
     from prl.compose.config import Run
     from prl.compose.plan import LaunchPlan
-    from prl.run_dir import RunDir
     from prl.rollout.conversation import Conversation
+    from prl.run_dir import RunDir
     from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Task, Tool
 
 Ref: TypeAlias = str

@@ -2,7 +2,7 @@
 
 Every node is a slurmd inside its own UTS, PID and mount namespaces: a process of one node cannot see or signal those of
 another, node names resolve inside the nodes alone, and killing a node's init is a power cut. GPUs are device nodes that
-Slurm hands out and nobody opens. Everything lies under one folder and listens on free ports, so that clusters do not meet.
+Slurm hands out and nobody opens. Everything lies under one folder and listens on free ports: clusters do not meet.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Cluster:
     folder: Path
     addresses: dict[str, str]
     """Node -> where it listens; all of them are this machine."""
+    more: dict[str, str] = attrs.field(factory=dict)
+    """Environment of its user."""
     _nodes: dict[str, subprocess.Popen[bytes]] = attrs.field(factory=dict)
 
     @property
@@ -69,7 +71,7 @@ class Cluster:
     def env(self) -> dict[str, str]:
         """What makes Slurm's commands mean this cluster."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-        return {**inherited, "PATH": _path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return {**inherited, "PATH": _path(), "SLURM_CONF": str(self.folder / "slurm.conf"), **self.more}
 
     def command(self, *words: str) -> str:
         """A command of Slurm's; its standard output."""
@@ -215,7 +217,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A requeued job is held until now + cred_expire + 1 s, by default two minutes.
-AuthInfo=socket={folder}/munge/socket,cred_expire=3
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc

@@ -48,7 +48,8 @@ def _warmup(run: Run) -> Iterable[Problem]:
 
 def _nodes(run: Run) -> Iterable[Problem]:
     if run.trainer.ranks % run.trainer.nodes:
-        yield Problem("trainer.ranks", f"must be a multiple of trainer.nodes ({run.trainer.nodes}), got {run.trainer.ranks}")
+        ranks, nodes = run.trainer.ranks, run.trainer.nodes
+        yield Problem("trainer.ranks", f"must be a multiple of trainer.nodes ({nodes}), got {ranks}")
     if run.engine.count < run.engine.nodes:
         yield Problem("engine.nodes", f"must be <= engine.count ({run.engine.count}), got {run.engine.nodes}")
 

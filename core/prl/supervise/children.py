@@ -7,7 +7,6 @@ decides what they mean (`prl.supervise.supervisor`). How a process starts and di
 from __future__ import annotations
 
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +25,10 @@ class Handle(Protocol):
     @property
     def pid(self) -> int:
         """Of the process that the launcher started, on this host."""
+
+    @property
+    def host(self) -> str:
+        """Where it runs, by way of that process."""
 
     def wait(self) -> int:
         """Block until it has ended; its exit code, minus the number of the signal that ended it."""
@@ -102,7 +105,7 @@ class Children:
                 "role": child.process.role,
                 "index": child.process.index,
                 "pid": child.handle.pid,
-                "host": socket.gethostname(),
+                "host": child.handle.host,
                 "log": str(child.log),
                 "started": child.started,
             }

@@ -1,7 +1,7 @@
 """The trainer process of a node: torch's elastic agent, which starts the ranks, watches them and stops them together.
 
 Each rank is a process of its own (`prl worker --role trainer-rank`) that finds its peers through the rendezvous the
-first agent holds on a free port of the run's network, to which what ranks say to each other keeps as well. Ranks are not
+first agent holds on a free port of the run's network, to which what ranks say to each other keeps too. Ranks are not
 restarted by themselves: the run goes on from a checkpoint instead (`prl.supervise`). They write to the agent's own
 stdout and stderr, hence into its log. Started by `prl.worker`.
 """

@@ -91,9 +91,7 @@ def _open(meeting: Meeting) -> tuple[str, int, Store]:
     listener = socket.create_server((meeting.address, 0))
     port: int = listener.getsockname()[1]
     # From here on the store owns the descriptor and closes it.
-    store = TCPStore(
-        meeting.address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store = TCPStore(meeting.address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     if meeting.run_dir is not None:
         where = {"host": meeting.address, "port": port, "attempt": _attempt(meeting.run_dir)}
         meeting.run_dir.write_json(meeting.run_dir.rendezvous, where)
@@ -101,7 +99,7 @@ def _open(meeting: Meeting) -> tuple[str, int, Store]:
 
 
 def _join(meeting: Meeting) -> tuple[str, int, Store]:
-    """What an earlier attempt left is waited past, and so is a store that is gone: the first agent may have restarted."""
+    """What an earlier attempt left is waited past, and so is a store that is gone: the first agent may start again."""
     assert meeting.run_dir is not None, "agents that are not alone meet through the run directory"
     file, attempt = meeting.run_dir.rendezvous, _attempt(meeting.run_dir)
     deadline, refused = time.monotonic() + _PATIENCE, f"{file} does not say where"
@@ -114,7 +112,7 @@ def _join(meeting: Meeting) -> tuple[str, int, Store]:
             except RuntimeError as error:  # torch's network errors are all subclasses
                 refused = f"{host}:{port} cannot be reached from here: {error}"
         time.sleep(_POLL_SECONDS)
-    raise InfrastructureError(f"trainer-0's store was not found within {_PATIENCE:.0f} s: {refused}; see trainer-0's log")
+    raise InfrastructureError(f"no store of trainer-0 within {_PATIENCE:.0f} s: {refused}; see trainer-0's log")
 
 
 def _attempt(run_dir: RunDir) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,10 @@ class LocalProcess:
     @property
     def pid(self) -> int:
         return self.popen.pid
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
 
     def wait(self) -> int:
         return self.popen.wait()

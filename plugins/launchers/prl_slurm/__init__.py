@@ -1,4 +1,4 @@
-"""Plugin `slurm`: the run as a job. `launcher.py` is built where the run is launched or watched, the rest runs in the job."""
+"""Plugin `slurm`: the run as a job. `launcher.py` serves whoever launches and watches it, `__main__.py` is the job."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import attrs
-from attrs import validators
 from prl import hookimpl, option
 from prl.compose.config import LauncherConfig, Run, not_negative, positive
 from prl.providers import Launcher
@@ -51,14 +50,15 @@ class SlurmConfig(LauncherConfig):
     constraint: str = option("", help="as sbatch --constraint")
     exclude: str = option("", help="nodes not to use, as sbatch --exclude")
     reservation: str = option("", help="as sbatch --reservation")
-    time: str = option("", help="time limit, as sbatch --time; at its end the run makes a cut and goes on in a new turn")
+    time: str = option("", help="time limit, as sbatch --time; before its end the run makes a cut and queues again")
     gres: str = option("", help="devices of a node, as sbatch --gres; by default gpu:N for the N that the plan needs")
     memory: str = option("0", help="memory of a node, as sbatch --mem; 0 is all of it")
     exclusive: bool = option(True, help="whole nodes; false: share them with other jobs")
     options: tuple[str, ...] = option((), help="further #SBATCH options, such as '--comment=...'")
     dependency: str = option("", help="as sbatch --dependency, such as 'afterok:123'")
     cut_seconds: int = option(
-        300, help="before the time limit, when the run is told to make its cut: at least a step and a checkpoint",
+        300,
+        help="before the time limit, when the run is told to make its cut: a step, a checkpoint and a minute",
         validator=positive,
     )
     requeues: int = option(20, help="times the job may queue again to go on by itself", validator=not_negative)

@@ -113,5 +113,5 @@ class Nodes:
         if not parts or not self.spares:
             return None
         spare = self.spares.pop(0)
-        self.assigned |= {part: (spare, 0) for part in parts}
+        self.assigned |= dict.fromkeys(parts, (spare, 0))
         return spare

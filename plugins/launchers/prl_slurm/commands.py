@@ -65,7 +65,7 @@ def submit(path: str) -> str:
 
 
 def state(job: str) -> JobState:
-    """Of the job, or of the first component of a heterogeneous one; InfrastructureError when the queue does not answer."""
+    """Of the job, or of the first component of a heterogeneous one; InfrastructureError when the queue is silent."""
     done = _run(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N|%S"])
     if done.returncode:
         if "Invalid job id" in done.stderr:

@@ -1,7 +1,7 @@
 """On the login node: what is submitted, what the queue says of it, how it is taken back.
 
-    <run>/launch.json      the job's id, and that this launcher knows it
-    <run>/slurm/           job.sh, node.sh, job.log, turns.jsonl
+<run>/launch.json      the job's id, and that this launcher knows it
+<run>/slurm/           job.sh, node.sh, job.log, turns.jsonl
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SlurmLauncher:
         job = commands.submit(str(folder / "job.sh"))
         plan.run_dir.write_json(plan.run_dir.launch, {"launcher": "slurm", "job": job, "submitted": time.time()})
         nodes = sum(request.nodes for request in requests(plan, self.config))
-        print(f"submitted as job {job} on {nodes} nodes; `prl status`, `prl logs -f` and `prl stop` know it", flush=True)
+        print(f"submitted as job {job} for {nodes} nodes; `prl status`, `prl logs -f`, `prl stop`", flush=True)
         return 0
 
     def remote(self, run_dir: RunDir) -> SlurmRun:
@@ -95,7 +95,7 @@ class SlurmRun:
         return self._state().over
 
     def stop(self) -> None:
-        """After the stop file: what waits in the queue is taken out of it; what runs makes its cut and ends by itself."""
+        """After the stop file: what waits is taken out of the queue; what runs makes its cut and ends by itself."""
         if self._state().waits:
             commands.cancel(self.job)
             state = read_json(self.run_dir.state) or {}

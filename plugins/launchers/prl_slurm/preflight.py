@@ -85,12 +85,12 @@ def examine(job: Job, config: SlurmConfig, run_dir: RunDir, gpus: Mapping[str, i
             probe.step.popen.wait()
         file.unlink()
     problems = {host: probe.problems(config.clock_skew, 2) for host, probe in probes.items()}
-    for host, sentences in _unreachable(probes, problems).items():
+    for host, sentences in unreachable(probes, problems).items():
         problems[host] += sentences
     return problems
 
 
-def _unreachable(probes: Mapping[str, Probe], problems: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def unreachable(probes: Mapping[str, Probe], problems: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """A node that most others cannot reach is bad; one that cannot reach most others is bad as well."""
     good = [host for host, sentences in problems.items() if not sentences]
     failed = {

@@ -1,4 +1,4 @@
-"""`python -m prl_slurm.probe RUN NONCE GPUS`: what one node can do for the run, as two lines of JSON on standard output.
+"""`python -m prl_slurm.probe RUN NONCE GPUS`: what one node can do for the run, in two lines of JSON.
 
     first     what it sees: code as locked, the run's folder, its clock, its devices, its address
     second    which of the other nodes it cannot reach, once the job's own process has said where they are

@@ -1,7 +1,7 @@
 """A process of the run as a step of the job: one srun per process, so that the loss of one ends no other.
 
-srun stays in the job's own process tree and ends with its task's exit code. A signal to srun would kill its task without
-a grace; signals go to the task through scancel instead. Used by the job's own process.
+srun stays in the job's own process tree and ends with its task's exit code. A signal to srun would kill its task
+without a grace; signals go to the task through scancel instead. Used by the job's own process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import attrs
 
 from prl_slurm import SlurmConfig, commands
 from prl_slurm.allocation import Place
-from prl_slurm.script import pyxis, python
+from prl_slurm.script import python, pyxis
 
 
 @attrs.frozen(kw_only=True)

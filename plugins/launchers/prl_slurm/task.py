@@ -32,7 +32,8 @@ def choose(environment: MutableMapping[str, str], first: int, count: int) -> str
     given = [device for device in environment.get(VISIBLE, "").split(",") if device]
     if len(given) < first + count:
         node = environment.get("SLURMD_NODENAME", "this node")
-        return f"{node}: the job has {len(given)} devices here, and this process was to have {first} to {first + count - 1}"
+        last = first + count - 1
+        return f"{node}: the job has {len(given)} devices here, and this process was to have {first} to {last}"
     environment[VISIBLE] = ",".join(given[first : first + count])
     return ""
 
