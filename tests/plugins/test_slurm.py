@@ -206,7 +206,7 @@ def test_a_step_shares_its_node_and_belongs_to_its_component() -> None:
     place = Place(host="x", component=1, first_gpu=2)
     words = command(job, SlurmConfig(venv="/v"), RUN, "trainer-0", place, TRAINER.argv, gpus=4)
     assert words[:2] == ["srun", "--het-group=1"]
-    assert {"--nodelist=x", "--overlap", "--no-kill", "--job-name=trainer-0"} <= set(words)
+    assert {"--nodelist=x", "--overlap", "--job-name=trainer-0"} <= set(words)
     start = words.index("bash")
     assert words[start:] == [
         *("bash", f"{RUN}/slurm/node.sh", "/v/bin/python", "-m", "prl_slurm.task", "2:4"),

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import attrs
 
-BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
+BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PATIENCE = 60.0
 GPUS = 8
 CPUS = 16
 
+DIES_WITH_THIS = ("setpriv", "--pdeathsig", "KILL")
+"""A test session that is killed leaves no daemons behind."""
 NODE = """
 hostname "$1" && mount --bind "$3" /etc/hosts && mount -t tmpfs -o size=1g tmpfs /dev/shm || exit 1
 slurmd -D -N "$1" -f "$2" &
@@ -105,7 +107,7 @@ class Cluster:
         (self.folder / "spool" / node).mkdir(parents=True, exist_ok=True)
         with (self.folder / "log" / f"{node}.out").open("ab") as log:
             self._nodes[node] = subprocess.Popen(
-                ("unshare", *namespaces, *init),
+                (*DIES_WITH_THIS, "unshare", *namespaces, *init),
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -168,7 +170,12 @@ def _munge(folder: Path) -> Sequence[str]:
 def _daemon(up: Cluster, daemons: ExitStack, *command: str) -> None:
     with (up.folder / "log" / f"{command[0]}.out").open("wb") as log:
         process = subprocess.Popen(
-            command, env=up.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            (*DIES_WITH_THIS, *command),
+            env=up.env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     daemons.callback(_end, process)
 

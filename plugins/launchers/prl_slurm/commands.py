@@ -15,8 +15,8 @@ QUEUED = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
 )
-DOWN = ("down", "drain", "fail", "unk", "maint", "power", "reboot", "no_respond")
-"""Beginnings of the states of a node on which nothing should be started."""
+DOWN = ("down", "unk", "power", "reboot")
+"""Beginnings of the states of a node that is gone. One that drains still serves the jobs it has."""
 
 
 @attrs.frozen(kw_only=True)

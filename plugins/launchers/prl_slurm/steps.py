@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import attrs
+from prl.errors import InfrastructureError
 
 from prl_slurm import SlurmConfig, commands
 from prl_slurm.allocation import Place
@@ -73,6 +74,8 @@ class Step:
     def wait(self) -> int:
         """The task's exit code; negative for the signal that ended it."""
         code = self.popen.wait()
+        if code == 0 and commands.down(self.host):
+            return InfrastructureError.exit_code  # srun calls it success when it was the node that failed
         # srun, like a shell, answers 128 + signal.
         return 128 - code if code > 128 and code - 128 in set(signal.Signals) else code
 
@@ -120,7 +123,7 @@ def command(
 ) -> list[str]:
     """The srun of a step. It shares its node with the run's other steps: the plan has divided it already."""
     step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
-    shared = ["--overlap", "--mem=0", "--export=ALL", "--no-kill", "--input=none"]
+    shared = ["--overlap", "--mem=0", "--export=ALL", "--input=none"]
     component = [f"--het-group={place.component}"] if job.heterogeneous else []
     devices = [python(config), "-m", "prl_slurm.task", f"{place.first_gpu}:{gpus}"]
     inner = ["bash", str(run / "slurm" / "node.sh"), *devices, python(config), *argv[1:]]
