@@ -58,7 +58,7 @@ class Spawner:
         """NoNodeError where an attempt cannot begin."""
         attempt = max(self.run_dir.attempts(), default=1)
         if attempt != self._attempt:
-            self._look_at(self._suspects())
+            self._look_at_all()
             self._attempt, self._alive = attempt, {}
         earlier = self._alive.get(process.name)
         if earlier is not None:
@@ -85,9 +85,13 @@ class Spawner:
             )
 
     # --- nodes --------------------------------------------------------------------------------------------------------
-    def _suspects(self) -> list[str]:
-        """Hosts of processes of the last attempt that did not end well."""
-        return list(dict.fromkeys(step.host for step in self._alive.values() if step.popen.poll()))
+    def _look_at_all(self) -> None:
+        """Before an attempt: those that are down, and those where something of the last attempt failed."""
+        failed = [step.host for step in self._alive.values() if step.popen.poll()]
+        for host in self.nodes.hosts:
+            if state := commands.down(host):
+                self.nodes.lose(host, f"is {state.rstrip('*')}")
+        self._look_at(list(dict.fromkeys(failed)))
 
     def _look_at(self, hosts: list[str]) -> None:
         for host in hosts:

@@ -20,6 +20,9 @@ from prl_slurm import SlurmConfig, commands
 from prl_slurm.allocation import Place
 from prl_slurm.script import python, pyxis
 
+SRUN = {"SLURM_EXIT_ERROR": str(InfrastructureError.exit_code)}
+"""What srun itself could not do is no verdict of the process on the run."""
+
 
 @attrs.frozen(kw_only=True)
 class Job:
@@ -108,7 +111,7 @@ def start(
     """Start `argv` (whose first word is a Python) on its node, in the environment of node.sh."""
     popen = subprocess.Popen(
         command(job, config, run, name, place, argv, gpus=gpus),
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **SRUN, **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
