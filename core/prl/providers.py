@@ -82,7 +82,11 @@ class LanguageModel(Protocol):
     """The units of activation checkpointing, compilation and FSDP."""
 
     def hidden(self, tokens: Tensor, context: Context) -> Tensor:
-        """tokens [T] int64 -> final normed hidden states [T, D]."""
+        """tokens [T] int64 -> final normed hidden states [T, D].
+
+        A model with an attribute `shares_prefixes` that is True is trained on rows that several documents share
+        (`Context.shared`).
+        """
 
     def head(self) -> Tensor:
         """The output projection [vocab, D]: logits = hidden @ head().T"""

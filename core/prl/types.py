@@ -205,8 +205,22 @@ class Sample:
 
 
 @attrs.frozen(kw_only=True)
+class ContextShard:
+    """The share of a packed micro-batch that is computed by one of the ranks of a context group."""
+
+    index: int
+    count: int
+    rows: int
+    """Tokens each rank computes; padded at the end, the micro-batch has `count * rows`."""
+
+
+@attrs.frozen(kw_only=True)
 class MicroBatch:
-    """`S` samples packed one after the other: what one forward and backward of one rank sees. No padding."""
+    """`S` samples packed one after the other: what one forward and backward of one rank sees. No padding.
+
+    Under a `shard` the columns are those of tokens `index * rows` to `(index + 1) * rows`, the last one included: what
+    is predicted at the end of a share is the first token of the next. `cu_seqlens` and `large` are always the whole's.
+    """
 
     tokens: Int32  # [T]
     cu_seqlens: Int32  # [S + 1] sample s is tokens[cu_seqlens[s]:cu_seqlens[s + 1]]
@@ -219,11 +233,17 @@ class MicroBatch:
     ref_logprobs: Float32 | None = None  # [T]
     large: Mapping[str, tuple[ColumnReference | None, ...]] = attrs.field(factory=dict)
     """Name -> a reference for each of the `S` samples, None for a sample without that column."""
+    shard: ContextShard | None = None
+
+    @property
+    def own(self) -> slice:
+        """Which of the columns' tokens no other rank has."""
+        return slice(None if self.shard is None else self.shard.rows)
 
 
 @attrs.frozen(kw_only=True)
 class Batch:
-    """One optimizer step: for each data-parallel rank the same number of micro-batches."""
+    """One optimizer step: for each trainer rank the same number of micro-batches."""
 
     step: int
     version: int

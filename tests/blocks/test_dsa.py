@@ -69,8 +69,8 @@ def test_scores_by_definition() -> None:
 
 def test_nothing_is_selected_while_everything_fits() -> None:
     layer = indexer()
-    assert layer(*inputs(2 * TOP_K), packed(TOP_K, TOP_K), None) is None
-    selection = layer(*inputs(2 * TOP_K + 1), packed(TOP_K, TOP_K + 1), None)
+    assert layer(*inputs(2 * TOP_K), packed(TOP_K, TOP_K), 0, None) is None
+    selection = layer(*inputs(2 * TOP_K + 1), packed(TOP_K, TOP_K + 1), 0, None)
     assert selection is not None
     (mask,) = selection
     assert mask.sum(-1)[mask.any(-1)].max() == TOP_K
@@ -78,7 +78,7 @@ def test_nothing_is_selected_while_everything_fits() -> None:
 
 def test_every_token_sees_its_best_of_those_before_it() -> None:
     layer, (x, latent) = indexer(), inputs(17)
-    ((mask,),) = layer(x, latent, packed(17), None)
+    ((mask,),) = layer(x, latent, packed(17), 0, None)
     counts = mask.sum(-1).tolist()
     assert counts == [min(position + 1, TOP_K) for position in range(17)]
     assert not mask.triu(1).any()
@@ -89,18 +89,18 @@ def test_selection_does_not_depend_on_packing() -> None:
     layer = indexer(heads=1)
     x, latent = inputs(64)
     lengths = (21, 43)
-    together = layer(x, latent, packed(*lengths), None)
+    together = layer(x, latent, packed(*lengths), 0, None)
     assert together is not None
     by_length = {mask.shape[1]: mask[0] for mask in together}
     for part, part_latent in zip(x.split(lengths), latent.split(lengths), strict=True):
-        ((alone,),) = layer(part, part_latent, packed(len(part)), None)
+        ((alone,),) = layer(part, part_latent, packed(len(part)), 0, None)
         assert torch.equal(alone, by_length[len(part)])
 
 
 def test_it_is_never_trained() -> None:
     layer, (x, latent) = indexer(), inputs(9)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
-    selection = layer(x.requires_grad_(), latent, packed(9), None)
+    selection = layer(x.requires_grad_(), latent, packed(9), 0, None)
     assert selection is not None
     assert selection[0].grad_fn is None
 
@@ -108,14 +108,14 @@ def test_it_is_never_trained() -> None:
 @torch.inference_mode()
 def test_the_cached_choice_is_the_whole_forward_pass_s() -> None:
     layer, (x, latent) = indexer(), inputs(12)
-    ((whole,),) = layer(x, latent, packed(12), None)
+    ((whole,),) = layer(x, latent, packed(12), 0, None)
     cache = layer.new_cache(rows=2, length=16)
     assert cache is not None
     past = 0
     for count in (3, 1, 1, 4, 1, 2):
         context = Context.cached([None], lengths=(count,), rows=slice(1, 2), past=(past,))
         part = slice(past, past + count)
-        selection = layer(x[part], latent[part], context, cache)
+        selection = layer(x[part], latent[part], context, 0, cache)
         past += count
         if past <= TOP_K:
             assert selection is None
@@ -129,15 +129,15 @@ def test_short_caches_hold_no_index_keys() -> None:
 
 def test_layers_without_an_indexer_share_the_choice() -> None:
     context = packed(9)
-    selection = indexer()(*inputs(9), context, None)
-    assert SharedIndex()(*inputs(9, seed=5), context, None) is selection
+    selection = indexer()(*inputs(9), context, 0, None)
+    assert SharedIndex()(*inputs(9, seed=5), context, 1, None) is selection
 
 
 def test_sparse_attention_by_definition() -> None:
     draw = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(9, heads, 8, generator=draw, requires_grad=True) for heads in (4, 2, 2))
     context = packed(9)
-    selection = indexer()(*inputs(9), context, None)
+    selection = indexer()(*inputs(9), context, 0, None)
     out = sparse_attend(q, k, v, context, scale=0.3, selection=selection)
     rows = []
     for token in range(9):

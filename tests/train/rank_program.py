@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from prl import checkpoint_dir
+from prl.blocks.sharded import full, local
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter, HuggingFaceExport
-from prl.train.parallel import Ranks, full, local
+from prl.train.layout import Layout
+from prl.train.parallel.ranks import Ranks
 from prl.types import Batch, Manifest
 from safetensors.torch import save_file
 from torch import nn
@@ -107,7 +109,7 @@ def trainer_state(ranks: Ranks, seed: int) -> TrainerState:
 
 
 def main(folder: Path) -> None:
-    ranks = Ranks.join("cpu")
+    ranks = Ranks.join("cpu", Layout(shard=2))
     for name in MODELS:
         record_gradients(ranks, folder, name)
     publish(ranks, folder)

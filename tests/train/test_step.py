@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from prl.blocks.context import Context
+from prl.blocks.decoder import Decoder
 from prl.errors import RunError
-from prl.train.step import _round_up
+from prl.train.rows import rows_of
 from prl.train.streams import StreamLoss
 from prl.types import Batch, MicroBatch
 
@@ -24,6 +25,7 @@ from tests.train.tiny import (
     pack_batch,
     random_samples,
     relative_difference,
+    siblings,
 )
 
 
@@ -211,16 +213,12 @@ def test_a_loss_that_asks_for_entropy_is_given_it():
     assert not seen["entropy"].requires_grad
 
 
-@pytest.mark.parametrize(
-    ("lengths", "rounded"),
-    [((70, 80, 75, 83), 312), ((64, 64, 66), 196), ((50, 51), 102), ((50, 50), 100), ((3, 4), 7)],
-)
-def test_few_distinct_lengths_reach_the_kernels(lengths: tuple[int, ...], rounded: int) -> None:
-    """At most one part in 32 is added, and nothing where samples are of one length."""
-    (micro,) = pack_batch(random_samples(len(lengths))).ranks[0]
-    count = sum(lengths)
-    bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    micro = attrs.evolve(micro, tokens=np.arange(1, count + 1, dtype=np.int32), cu_seqlens=bounds)
-    tokens, cu_seqlens = _round_up(micro)
-    assert tokens.tolist() == [*range(1, count + 1), *[0] * (rounded - count)]
-    assert cu_seqlens.tolist() == [*bounds, *[rounded] * (rounded > count)]
+@pytest.mark.parametrize("model_name", ["qwen3", "qwen3_moe"])
+def test_a_prompt_that_is_computed_once_has_the_gradient_of_one_that_is_computed_for_every_sibling(
+    model_name, monkeypatch
+):
+    batch = pack_batch([sibling for seed in range(3) for sibling in siblings(seed)])
+    shared = gradients_of(batch, model_name=model_name)
+    assert rows_of(batch.ranks[0][0], share=True).source is not None
+    monkeypatch.setattr(Decoder, "shares_prefixes", False)
+    assert relative_difference(shared, gradients_of(batch, model_name=model_name)) < 1e-5

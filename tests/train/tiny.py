@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from prl import checkpoint_dir
 from prl.blocks.context import Context
+from prl.blocks.sharded import full
 from prl.checkpoint_dir import CheckpointManifest, FileRecord
 from prl.score.pack import pack
-from prl.train.parallel import full
 from prl.train.step import Stepper
 from prl.train.streams import StreamLoss
 from prl.types import Batch, Sample
@@ -128,14 +128,14 @@ def build_stepper(model: nn.Module, optimizer: torch.optim.Optimizer, **changes:
     return Stepper(model=model, optimizer=optimizer, **settings)
 
 
-def random_samples(count: int = 6, *, seed: int = 0, version: int = 5) -> list[Sample]:
-    """Samples of 3 to 11 tokens: half of each is sampled and in one stream or two, with weights that are not all 1."""
+def random_samples(count: int = 6, *, seed: int = 0, version: int = 5, longest: int = 11) -> list[Sample]:
+    """Samples of 3 to `longest` tokens: half of each is sampled and in one stream or two, with weights that are not all 1."""
     draw = np.random.default_rng(seed)
-    return [_random_sample(draw, index, version) for index in range(count)]
+    return [_random_sample(draw, index, version, longest) for index in range(count)]
 
 
-def _random_sample(draw: np.random.Generator, index: int, version: int) -> Sample:
-    length = int(draw.integers(3, 12))
+def _random_sample(draw: np.random.Generator, index: int, version: int, longest: int) -> Sample:
+    length = int(draw.integers(3, longest + 1))
     sampled = np.arange(length) >= (length + 1) // 2
     stream = ("rl", "ce", "ref_kl")[index % 3]
     weights = {stream: (sampled * draw.choice([0.0, 0.5, 1.0, 2.0], length)).astype(np.float32)}
@@ -153,10 +153,41 @@ def _random_sample(draw: np.random.Generator, index: int, version: int) -> Sampl
     )
 
 
+def siblings(seed: int = 0, *, count: int = 4, prompt: int = 6) -> list[Sample]:
+    """Samples of one prompt, of which the answers have 1 to 5 tokens, all in the rl stream."""
+    draw = np.random.default_rng(seed)
+    prompt_tokens = draw.integers(0, VOCAB, prompt)
+    samples = []
+    for _ in range(count):
+        length = prompt + int(draw.integers(1, 6))
+        sampled = np.arange(length) >= prompt
+        samples.append(
+            Sample(
+                tokens=np.append(prompt_tokens, draw.integers(0, VOCAB, length - prompt)).astype(np.int32),
+                sampled=sampled,
+                engine_logprobs=np.where(sampled, -np.log(VOCAB), 0).astype(np.float32),
+                versions=np.where(sampled, 5, -1).astype(np.int32),
+                advantages=np.where(sampled, draw.standard_normal(), 0).astype(np.float32),
+                temperature=1.0,
+                weights={"rl": sampled.astype(np.float32)},
+            )
+        )
+    return samples
+
+
 def pack_batch(
-    samples: Sequence[Sample], *, ranks: int = 1, micro_batch_tokens: int = 1000, step: int = 6, version: int = 5
+    samples: Sequence[Sample],
+    *,
+    ranks: int = 1,
+    context: int = 1,
+    micro_batch_tokens: int = 1000,
+    step: int = 6,
+    version: int = 5,
 ) -> Batch:
-    return pack(samples, step=step, version=version, phase="rl", ranks=ranks, micro_batch_tokens=micro_batch_tokens)
+    capacity = micro_batch_tokens
+    return pack(
+        samples, step=step, version=version, phase="rl", ranks=ranks, context=context, micro_batch_tokens=capacity
+    )
 
 
 def commit_checkpoint(path: Path, *, step: int) -> None:
@@ -167,9 +198,7 @@ def commit_checkpoint(path: Path, *, step: int) -> None:
         for file in folder.rglob("*")
         if file.is_file()
     }
-    checkpoint_dir.commit(
-        path, CheckpointManifest(format=checkpoint_dir.FORMAT, step=step, identity={}, files=files)
-    )
+    checkpoint_dir.commit(path, CheckpointManifest(format=checkpoint_dir.FORMAT, step=step, identity={}, files=files))
 
 
 def gradients_of(batch: Batch, *, model_name: str = "tiny", **changes: object) -> dict[str, Tensor]:

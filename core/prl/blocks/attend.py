@@ -3,7 +3,8 @@
 `attend` is the one seam between the blocks and attention kernels: callers bring q, k, v of the new tokens, the context
 says which of them see each other, and the kernel is chosen here from the case at hand:
 
-    training, or first tokens of every sequence   rectangles and a causal kernel (CPU), variable-length flash (GPU)
+    training, or first tokens of every sequence   rectangles and a causal kernel (CPU), variable-length flash (GPU);
+                                                  the same where the first sequence goes on from an earlier rank
     one new token per sequence                    the cache by view, no copy
     several new tokens after cached ones          a rectangle of queries with a mask
 """
@@ -26,6 +27,10 @@ from prl.blocks.padding import Padding
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 takes grouped keys without being told."""
 
+_LONG = 4096
+"""Tokens of a document from which torch's fixed-length attention outruns its variable-length kernel on a Hopper GPU, where
+it may take cuDNN's (benchmarks/train_gpu.py --only attention)."""
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float, cache: KeysAndValues | None = None
@@ -33,7 +38,8 @@ def attend(
     """Attention of the new tokens over their own sequences: [T, H, D].
 
     q [T, H, D], k and v [T, G, D] with G a divisor of H (grouped queries), `scale` multiplies q k^T. With a cache the
-    new k and v are stored in it first, and earlier tokens are read from it.
+    new k and v are stored in it first, and earlier tokens are read from it. Where ranks share sequences k and v are
+    [context.earlier + T, G, D], as `Context.with_earlier` gives them.
     """
     if cache is not None:
         cache.write(k, v, context)
@@ -47,15 +53,30 @@ def attend(
 
 
 def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """All sequences begin with these tokens: block-diagonal causal attention."""
+    """All keys and values are there: block-diagonal causal attention."""
     if _flash_takes(q):
-        return _variable_length(q, k, v, context, scale)
-    layout = _layout(context)
-    rectangles = [
-        _sdpa(*parts, scale=scale, causal=True)
-        for parts in zip(layout.pad(q), layout.pad(k), layout.pad(v), strict=True)
-    ]
-    return layout.unpad(rectangles)
+        return (_by_document if _are_long(context) else _variable_length)(q, k, v, context, scale)
+    queries, keys = layouts(context)
+    parts = zip(queries.pad(q), keys.pad(k), keys.pad(v), strict=True)
+    return queries.unpad([_causal(*part, scale=scale) for part in parts])
+
+
+def prepare(q_like: Tensor, context: Context) -> None:
+    """Compute ahead what `attend` finds in the context, so that a compiled layer only reads there."""
+    if _flash_takes(q_like):
+        if not _are_long(context):
+            _ = context.bounds
+    else:
+        layouts(context)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """q [S, L, H, D], k and v [S, K, G, D]: the queries are the last L of K tokens."""
+    length, seen = q.shape[1], k.shape[1]
+    if length == seen:
+        return _sdpa(q, k, v, scale=scale, causal=True)
+    mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+    return _sdpa(q, k, v, scale=scale, mask=mask)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -72,15 +93,38 @@ def _flash_takes(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
+def _are_long(context: Context) -> bool:
+    """Long enough, on average, for one call per document."""
+    if "long" not in context.memo:
+        context.memo["long"] = context.earlier == 0 and sum(context.lengths) >= _LONG * len(context.lengths)
+    long: bool = context.memo["long"]
+    return long
+
+
+@torch.compiler.disable
+def _by_document(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
+    """One fixed-length kernel per document; how many there are is nothing to compile for."""
+    lengths = context.lengths
+    if context.shared is not None:
+        q, k, v = (context.shared.expand(x) for x in (q, k, v))
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outputs = [_sdpa(*(part[None] for part in document), scale=scale, causal=True)[0] for document in parts]
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return out if context.shared is None else context.shared.collect(out)
+
+
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691)."""
-    if "bounds" not in context.memo:
-        lengths = torch.tensor((0, *context.lengths), dtype=torch.int32)
-        context.memo["bounds"] = lengths.cumsum(0, dtype=torch.int32).to(q.device)
-    bounds, longest = context.memo["bounds"], context.longest
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
+    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691).
+
+    Of fewer queries than keys the last see all keys, which is what a sequence from an earlier rank needs.
+    """
+    bounds, seen = context.bounds
+    longest = context.longest
+    if context.shared is not None:
+        q, k, v = (context.shared.expand(x) for x in (q, k, v))
+    out = varlen_attn(q, k, v, bounds, seen, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
     assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
-    return out
+    return out if context.shared is None else context.shared.collect(out)
 
 
 def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:
@@ -127,8 +171,17 @@ def _visible(context: Context, positions: Tensor, dtype: torch.dtype) -> Tensor:
     return visible
 
 
-def _layout(context: Context) -> Padding:
-    if "layout" not in context.memo:
-        context.memo["layout"] = padding.bucketed(context.lengths, context.positions.device)
-    layout: Padding = context.memo["layout"]
-    return layout
+def layouts(context: Context) -> tuple[Padding, Padding]:
+    """Rectangles of the new tokens, and of the tokens they see."""
+    if "layouts" not in context.memo:
+        context.memo["layouts"] = _arranged(context)
+    arranged: tuple[Padding, Padding] = context.memo["layouts"]
+    return arranged
+
+
+def _arranged(context: Context) -> tuple[Padding, Padding]:
+    device = context.positions.device
+    if context.shard is not None:
+        return padding.continued(context.lengths, context.earlier, device)
+    packed = padding.bucketed(context.lengths, device)
+    return (packed if context.shared is None else packed.through(context.shared),) * 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from prl.blocks.attend import attend
+from prl.blocks.attend import attend, prepare
 from prl.blocks.cache import KeyValueCache
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
@@ -15,6 +17,9 @@ from prl.blocks.rope import RotaryEmbedding, rotate
 
 class GroupedQueryAttention(nn.Module):
     """A mixer. `qkv_proj` holds the rows of q (all heads), k and v, in this order."""
+
+    kind: ClassVar[str] = "attention"
+    shares_prefixes = True
 
     def __init__(
         self,
@@ -43,10 +48,18 @@ class GroupedQueryAttention(nn.Module):
         if self.rope is not None:
             qk = rotate(qk, self.rope.tables(context, qk.dtype))
         q, k = qk.split((self.heads, self.kv_heads), 1)
+        if context.shard is not None:
+            k, v = context.with_earlier(torch.cat((k, v), 2)).split(self.head_dim, 2)
         cache = None if context.caches is None else context.caches[layer_index]
         mixed = attend(q, k, v, context, scale=self.head_dim**-0.5, cache=cache)
         projected: Tensor = self.o_proj(mixed.flatten(1))
         return projected
+
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """Compute ahead what layers share (`prl.blocks.decoder.Preparing`)."""
+        if self.rope is not None:
+            self.rope.tables(context, x.dtype)
+        prepare(x, context)
 
     def new_cache(self, rows: int, length: int) -> KeyValueCache:
         """For `rows` sequences of `length` tokens, where the weights are."""

@@ -5,12 +5,13 @@ Model plugins compose it; trainer and engine call it as `prl.providers.LanguageM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
@@ -31,6 +32,14 @@ class SelfInitialised(Protocol):
     def initialise_own(self) -> None: ...
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """A mixer that computes things in the context which layers share, and can do so ahead of a compiled layer."""
+
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """`x` is like what the mixer will be given."""
+
+
 @attrs.frozen
 class Sublayer:
     """`x + mixer(norm(x))`, and the names of both modules in the layer: those of the family's checkpoints."""
@@ -42,29 +51,67 @@ class Sublayer:
     """`forward(x [T, hidden], context, layer_index) -> [T, hidden]`"""
 
 
+ALL = "all"
+
+
+def _again_in_backward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Nothing in a layer draws random numbers, so no generator's state is kept."""
+    output: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
 class Layer(nn.Module):
     """Pre-norm residual sublayers, in order: two for a transformer, one for a hybrid of single mixers."""
 
     def __init__(self, *sublayers: Sublayer) -> None:
         super().__init__()
         self.order = [(sublayer.norm_name, sublayer.mixer_name) for sublayer in sublayers]
+        self.recompute: frozenset[str] = frozenset()
+        """What the backward pass computes again instead of the forward pass keeping it: kinds of mixers, or `ALL`."""
+        self._run: Callable[[Tensor, Context, int], Tensor] = self.mix
+        self._compiled = False
         for sublayer in sublayers:
             self.add_module(sublayer.norm_name, sublayer.norm)
             self.add_module(sublayer.mixer_name, sublayer.mixer)
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
+        if self._compiled:
+            self._prepare(x, context)
+        if ALL in self.recompute and torch.is_grad_enabled():
+            return _again_in_backward(self._run, x, context, layer_index)
+        return self._run(x, context, layer_index)
+
+    def mix(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        """One sublayer after the other."""
         for norm, mixer in self.order:
-            x = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
+            if getattr(getattr(self, mixer), "kind", "") in self.recompute and torch.is_grad_enabled():
+                x = _again_in_backward(self._sublayer, norm, mixer, x, context, layer_index)
+            else:
+                x = self._sublayer(norm, mixer, x, context, layer_index)
         return x
+
+    def _sublayer(self, norm: str, mixer: str, x: Tensor, context: Context, layer_index: int) -> Tensor:
+        added: Tensor = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
+        return added
+
+    def mixers(self) -> Iterator[nn.Module]:
+        """In order."""
+        return (getattr(self, mixer) for _, mixer in self.order)
+
+    def compile_mix(self, **options: Any) -> None:
+        """Have torch.compile, with `options`, make one kernel out of many; what layers share is computed outside."""
+        self._run, self._compiled = torch.compile(self.mix, **options), True
+
+    def _prepare(self, x: Tensor, context: Context) -> None:
+        for mixer in self.mixers():
+            if isinstance(mixer, Preparing):
+                mixer.prepare(x, context)
 
     def new_cache(self, rows: int, length: int) -> Any:
         """Of the layer's caching mixer: there is one at most."""
-        for _, mixer in self.order:
-            module = getattr(self, mixer)
-            if isinstance(module, CachingMixer):
-                return module.new_cache(rows, length)
-        return None
+        caching = (mixer for mixer in self.mixers() if isinstance(mixer, CachingMixer))
+        return next((mixer.new_cache(rows, length) for mixer in caching), None)
 
 
 class Decoder(nn.Module):
@@ -78,6 +125,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.lm_head = None if tied_embeddings else Linear(hidden_size, vocab_size)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether every mixer can be given rows that several sequences share (`Context.shared`)."""
+        return all(
+            getattr(mixer, "shares_prefixes", False) for layer in self.layers for mixer in cast(Layer, layer).mixers()
+        )
 
     def hidden(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [T] int64 -> final normed hidden states [T, hidden]."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prl.blocks import padding
+from prl.blocks.attend import layouts
 from prl.blocks.cache import KeysAndValues, TokenCache
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
@@ -25,7 +26,7 @@ from prl.blocks.padding import Padding
 from prl.blocks.rope import RotaryEmbedding, Tables, rotate
 
 Selection: TypeAlias = "list[Tensor]"
-"""For each rectangle of `rectangles(context)` a [S, L, K] bool: which of its sequence's K tokens a query sees."""
+"""For each rectangle of new tokens (`rectangles(context)`) a [S, L, K] bool: which of its sequence's K tokens a query sees."""
 IndexCache: TypeAlias = TokenCache
 """Index keys, one [head_dim] per token."""
 
@@ -52,7 +53,9 @@ class Indexer(nn.Module):
         self.k_norm.bias.zero_()
 
     @torch.no_grad()
-    def forward(self, x: Tensor, q_latent: Tensor, context: Context, cache: IndexCache | None) -> Selection | None:
+    def forward(
+        self, x: Tensor, q_latent: Tensor, context: Context, layer_index: int, cache: IndexCache | None
+    ) -> Selection | None:
         """x [T, hidden], q_latent [T, q_rank] normed -> what each token may see; None: every token before it.
 
         With a cache the keys of the new tokens are stored in it.
@@ -66,7 +69,7 @@ class Indexer(nn.Module):
                 cache.store(keys, context)
             if not everything:
                 selection = self._select(self._rotated(self._queries(q_latent), tables), keys, x, context, cache)
-        context.memo[_MEMO] = selection
+        context.memo[_MEMO, layer_index] = selection
         return selection
 
     def new_cache(self, rows: int, length: int) -> IndexCache | None:
@@ -90,9 +93,9 @@ class Indexer(nn.Module):
     def _select(
         self, queries: Tensor, keys: Tensor, x: Tensor, context: Context, cache: IndexCache | None
     ) -> Selection:
-        layout = rectangles(context)
+        layout, seen = rectangles(context)
         weights = self.weights_proj(x).float() * self.heads**-0.5
-        known: Iterable[Tensor] = layout.pad(keys)
+        known: Iterable[Tensor] = seen.pad(context.with_earlier(keys))
         if cache is not None and context.past_max > 0:
             known = [cache.stored_of(context).transpose(1, 2)]
         parts = zip(layout.pad(queries), known, layout.pad(weights), layout.pad(context.positions), strict=True)
@@ -106,11 +109,17 @@ class Indexer(nn.Module):
 
 
 class SharedIndex(nn.Module):
-    """Stands where an indexer would: the layer sees what the last layer with an indexer chose."""
+    """Stands where an indexer would: the layer sees what the last layer with an indexer chose.
 
-    def forward(self, x: Tensor, q_latent: Tensor, context: Context, cache: IndexCache | None) -> Selection | None:
+    The context has it by layer: a layer that is computed again, last layers first, must find what it found before.
+    """
+
+    def forward(
+        self, x: Tensor, q_latent: Tensor, context: Context, layer_index: int, cache: IndexCache | None
+    ) -> Selection | None:
         """The choice, from the context."""
-        selection: Selection | None = context.memo[_MEMO]
+        selection: Selection | None = context.memo[_MEMO, layer_index - 1]
+        context.memo[_MEMO, layer_index] = selection
         return selection
 
     def new_cache(self, rows: int, length: int) -> None:
@@ -154,9 +163,9 @@ def sparse_attend(
     cache: KeysAndValues | None = None,
 ) -> Tensor:
     """`prl.blocks.attend.attend` over selected tokens only: [T, H, D]. A reference: masks, no gather."""
-    layout = rectangles(context)
-    keys: Iterable[Tensor] = layout.pad(k)
-    values: Iterable[Tensor] = layout.pad(v)
+    layout, seen = rectangles(context)
+    keys: Iterable[Tensor] = seen.pad(k)
+    values: Iterable[Tensor] = seen.pad(v)
     if cache is not None:
         cache.write(k, v, context)
         if context.past_max > 0:
@@ -173,10 +182,14 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> T
     return out.transpose(1, 2)
 
 
-def rectangles(context: Context) -> Padding:
-    """How selection and sparse attention lay out the new tokens; the rectangle of a continuation has all sequences."""
+def rectangles(context: Context) -> tuple[Padding, Padding]:
+    """How selection and sparse attention lay out the new tokens, and the tokens they see where no cache holds them.
+
+    The rectangle of a continuation has all sequences.
+    """
+    if context.past_max == 0:
+        return layouts(context)
     if "sparse layout" not in context.memo:
-        arranged = padding.bucketed if context.past_max == 0 else padding.square
-        context.memo["sparse layout"] = arranged(context.lengths, context.positions.device)
+        context.memo["sparse layout"] = padding.square(context.lengths, context.positions.device)
     layout: Padding = context.memo["sparse layout"]
-    return layout
+    return layout, layout

@@ -36,7 +36,7 @@ def batch_invariant(wanted: bool) -> Iterator[None]:
 
 def wanted() -> bool:
     """Whether rows must not depend on each other here."""
-    return _WANTED.get()
+    return not torch.compiler.is_compiling() and _WANTED.get()
 
 
 def enough_keys(longest: int, room: int) -> int:

@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return _invariant(x, weight)
     if not (_ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu" and type(weight) in _PLAIN):
         return functional.linear(x, weight)
-    if len(x) * weight.numel() < _ONEDNN_MIN_PRODUCTS:
+    if torch.compiler.is_compiling() or len(x) * weight.numel() < _ONEDNN_MIN_PRODUCTS:
         return functional.linear(x, weight)
     if torch.is_grad_enabled():
         product: Tensor = _OneDnnLinear.apply(x, weight)  # type: ignore[no-untyped-call]

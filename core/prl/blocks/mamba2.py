@@ -7,12 +7,16 @@ A short causal convolution comes before, a gate and a norm per group after. Sequ
 chunks: inside a chunk as attention with decays, from chunk to chunk through the state. Every sequence has a state of
 its own, so documents never see each other. `dt`, the decays and the state are float32 in every number format.
 
+Where ranks share a sequence, each scans its tokens from a state of zero; what a rank's tokens leave, and how much of
+what came before them is left, then goes round, and every rank adds what the ranks before it left. This is exact.
+
 Its cache holds the state after a row's last token and the convolution's last inputs, nothing per token: it cannot be
 cut back to a prefix.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -22,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prl.blocks import padding
-from prl.blocks.context import Context
+from prl.blocks.attend import layouts
+from prl.blocks.context import Context, SequenceShard
 from prl.blocks.linear import Linear
 from prl.blocks.norm import rms_norm
-from prl.blocks.padding import Padding
+from prl.errors import RunError
 
 _STEP_RANGE = (1e-3, 1e-1)
 """Between which `dt` starts, as in the published initialisation."""
@@ -122,6 +127,8 @@ class GroupedNorm(nn.Module):
 class Mamba2(nn.Module):
     """A mixer."""
 
+    kind: ClassVar[str] = "mamba"
+
     def __init__(self, sizes: MambaSizes, *, hidden_size: int, norm_eps: float) -> None:
         super().__init__()
         self.sizes = sizes
@@ -157,6 +164,10 @@ class Mamba2(nn.Module):
         projected: Tensor = self.out_proj(normed)
         return projected
 
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """Compute ahead what layers share (`prl.blocks.decoder.Preparing`)."""
+        layouts(context)
+
     def new_cache(self, rows: int, length: int) -> RecurrentCache:
         """For `rows` sequences, where the weights are; the length does not matter."""
         weight = self.in_proj.weight
@@ -164,13 +175,41 @@ class Mamba2(nn.Module):
 
     def _from_the_start(self, inputs: Tensor, dt: Tensor, context: Context) -> Tensor:
         """inputs [T, convolved], dt [T, H] -> [T, H, P]."""
-        layout = _rectangles(context)
+        if context.shard is not None:
+            return self._shared(inputs, dt, context, context.shard)
+        layout, _ = layouts(context)
         rectangles = []
         for part, steps in zip(layout.pad(inputs), layout.pad(dt), strict=True):
             convolved = self.conv1d(functional.pad(part, (0, 0, self.sizes.kernel - 1, 0)))
             rectangles.append(self._scan(convolved, steps, None)[0])
         unpadded: Tensor = layout.unpad(rectangles)
         return unpadded
+
+    def _shared(self, inputs: Tensor, dt: Tensor, context: Context, shard: SequenceShard) -> Tensor:
+        """The same where the first sequence goes on from earlier ranks, and the last may go on in later ones.
+
+        Both have rectangles of their own, so nothing pads them: their final states are what the next rank needs.
+        """
+        layout, _ = layouts(context)
+        parts, steps = list(layout.pad(inputs)), list(layout.pad(dt))
+        before = _inputs_before(inputs, context, shard, self.sizes.kernel - 1)
+        zeros = functools.partial(functional.pad, pad=(0, 0, self.sizes.kernel - 1, 0))
+        convolved = [self.conv1d(torch.cat((before, parts[0]), 1)), *(self.conv1d(zeros(part)) for part in parts[1:])]
+        scanned = [self._scan(*part, None) for part in zip(convolved, steps, strict=True)]
+        last = min(len(context.lengths), 2) - 1  # the rectangle of the last sequence
+        state = _state_before(scanned[last][1], steps[last], self._decay(), context, shard)
+        mixed = [output for output, _ in scanned]
+        mixed[0] = mixed[0] + self._read(convolved[0], steps[0], state)
+        unpadded: Tensor = layout.unpad(mixed)
+        return unpadded
+
+    def _read(self, convolved: Tensor, dt: Tensor, state: Tensor) -> Tensor:
+        """What a state [1, H, P, N] before the first token adds: convolved [1, L, convolved], dt [1, L, H] ->
+        [1, L, H, P]."""
+        _, _, c = self._parts(convolved)
+        grouped = torch.unflatten(state, 1, (self.sizes.groups, -1))
+        read = torch.einsum("slgn,sghpn->slghp", c, grouped).flatten(2, 3)
+        return read * (dt * self._decay()).cumsum(1).exp()[..., None]
 
     def _continued(self, inputs: Tensor, dt: Tensor, context: Context, cache: RecurrentCache) -> Tensor:
         """The same after what lies in the cache; padding must leave the state as it is, so its `dt` is zero."""
@@ -269,8 +308,27 @@ def _by_group(t: Tensor, groups: int) -> Tensor:
     return torch.unflatten(t, 2, (groups, -1))
 
 
-def _rectangles(context: Context) -> Padding:
-    if "scan layout" not in context.memo:
-        context.memo["scan layout"] = padding.bucketed(context.lengths, context.positions.device)
-    layout: Padding = context.memo["scan layout"]
-    return layout
+# --- from rank to rank ------------------------------------------------------------------------------------------------
+# Every rank uses all of what a collective brings, if only times zero: its backward is a collective too.
+def _inputs_before(inputs: Tensor, context: Context, shard: SequenceShard, count: int) -> Tensor:
+    """inputs [T, C] -> [1, count, C]: the inputs of the first sequence before this rank's, zeros before its start."""
+    if len(inputs) < count:
+        raise RunError(f"a rank has {len(inputs)} tokens, and the convolution looks back on {count}")
+    ends = torch.unflatten(shard.whole(inputs[len(inputs) - count :]), 0, (shard.count, count))
+    before = torch.arange(count, device=inputs.device) >= count - context.earlier
+    return ends[shard.index - 1 : shard.index or None] * before[:, None]
+
+
+def _state_before(added: Tensor, dt: Tensor, decay: Tensor, context: Context, shard: SequenceShard) -> Tensor:
+    """The state [1, H, P, N] in which earlier ranks leave this rank's first sequence.
+
+    `added` [1, H, P, N] is the state after this rank's last sequence had it begun here, dt [1, L, H] are its steps.
+    """
+    alone = len(context.lengths) == 1
+    left = (dt * decay).sum(1).exp() * float(alone)  # [1, H], of what came before this rank
+    states, lefts = shard.whole(added), shard.whole(left)
+    state = states[:1] * 0.0 + lefts[:1, :, None, None] * 0.0
+    first = shard.index - -(-context.earlier // len(context.positions))  # the rank where the sequence begins
+    for rank in range(first, shard.index):
+        state = torch.addcmul(states[rank : rank + 1], lefts[rank : rank + 1, :, None, None], state)
+    return state

@@ -6,19 +6,23 @@ the key that heads share. Two ways to the same result:
     expanded   every head's keys and values are computed from the latents: cheapest when all tokens are new
     absorbed   queries are taken into the latent space and attend to the latents themselves: grouped-query attention
                with one key head of kv_rank + rope_dim, which is all a cache must hold
+
+Latents are also all that ranks which share a sequence must exchange.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prl.blocks.attend import attend
+from prl.blocks.attend import attend, prepare
 from prl.blocks.cache import SharedKeyCache
 from prl.blocks.context import Context
-from prl.blocks.dsa import IndexCache, Indexer, Selection, SharedIndex, sparse_attend
+from prl.blocks.dsa import IndexCache, Indexer, Selection, SharedIndex, rectangles, sparse_attend
 from prl.blocks.linear import Linear
 from prl.blocks.norm import RMSNorm
 from prl.blocks.rope import RotaryEmbedding, Tables, rotate
@@ -66,6 +70,8 @@ class MultiHeadLatentAttention(nn.Module):
     With an `indexer` (or the selection of an earlier layer's) attention is sparse.
     """
 
+    kind: ClassVar[str] = "attention"
+
     def __init__(
         self,
         sizes: LatentHeads,
@@ -86,6 +92,10 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(sizes.heads * sizes.value_dim, hidden_size)
         self.indexer = indexer
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.indexer is None
+
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
         sizes, tables = self.sizes, self.rope.tables(context, x.dtype)
@@ -94,11 +104,13 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent = self.q_a_layernorm(q_latent)
         latent = torch.cat((self.kv_a_layernorm(latent), rotate(k_rope[:, None], tables)[:, 0]), 1)
         q_nope, q_rope = self._queries(q_latent, tables)
-        selection = None if self.indexer is None else self.indexer(x, q_latent, context, cache and cache.index)
+        selection: Selection | None = None
+        if self.indexer is not None:
+            selection = self.indexer(x, q_latent, context, layer_index, cache and cache.index)
         if context.past_max == 0:
             if cache is not None:
                 cache.latents.write(latent[:, None], latent[:, None], context)
-            mixed = self.expanded(q_nope, q_rope, latent, context, selection=selection)
+            mixed = self.expanded(q_nope, q_rope, context.with_earlier(latent), context, selection=selection)
         else:
             mixed = self.absorbed(q_nope, q_rope, latent, context, selection=selection, cache=cache and cache.latents)
         projected: Tensor = self.o_proj(mixed.flatten(1))
@@ -107,7 +119,10 @@ class MultiHeadLatentAttention(nn.Module):
     def expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, context: Context, *, selection: Selection | None
     ) -> Tensor:
-        """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, kv_rank + rope] -> [T, H, value_dim]."""
+        """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, kv_rank + rope] -> [T, H, value_dim].
+
+        Where ranks share sequences `latent` has the earlier tokens too.
+        """
         sizes = self.sizes
         normed, k_rope = torch.split(latent, [sizes.kv_rank, sizes.rope_dim], 1)
         k_nope, v = self.kv_b_proj(normed).unflatten(1, (sizes.heads, -1)).split((sizes.nope_dim, sizes.value_dim), 2)
@@ -135,6 +150,13 @@ class MultiHeadLatentAttention(nn.Module):
         q, k = torch.cat((q_latent, q_rope), 2), latent[:, None]
         mixed = _attend(q, k, k, context, scale=self.scale, selection=selection, cache=cache)[..., : sizes.kv_rank]
         return torch.bmm(mixed.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+
+    def prepare(self, x: Tensor, context: Context) -> None:
+        """Compute ahead what layers share (`prl.blocks.decoder.Preparing`)."""
+        self.rope.tables(context, x.dtype)
+        prepare(x, context)
+        if self.indexer is not None:
+            rectangles(context)
 
     def new_cache(self, rows: int, length: int) -> LatentCache:
         """For `rows` sequences of `length` tokens, where the weights are."""

@@ -4,7 +4,7 @@ down(relu(up(x))^2) (So et al. 2021, arXiv:2109.08668).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from prl.blocks.linear import Linear
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2 F] = [gate | up] -> silu(gate) * up [N, F]."""
-    if torch.is_grad_enabled() and gate_up.device.type == "cpu":
+    if torch.is_grad_enabled() and gate_up.device.type == "cpu" and not torch.compiler.is_compiling():
         gated: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
         return gated
     gate, up = gate_up.chunk(2, -1)
@@ -47,6 +47,9 @@ class _SwiGlu(Function):
 class GatedMLP(nn.Module):
     """A mixer. `gate_up_proj` holds the rows of gate, then those of up."""
 
+    kind: ClassVar[str] = "mlp"
+    shares_prefixes = True
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
@@ -60,6 +63,9 @@ class GatedMLP(nn.Module):
 
 class SquaredReluMLP(nn.Module):
     """A mixer without a gate."""
+
+    kind: ClassVar[str] = "mlp"
+    shares_prefixes = True
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

@@ -6,6 +6,9 @@ no loop over experts, and the same result for the same tokens on every run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar, TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +16,7 @@ from torch.nn import functional
 from prl.blocks.context import Context
 from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
+from prl.blocks.sharded import local
 
 
 class SoftmaxRouter(nn.Module):
@@ -106,8 +110,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        gate_up = functional.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=offsets)
-        return functional.grouped_mm(swiglu(gate_up), self.down_proj.transpose(1, 2), offs=offsets)
+        gate_up = functional.grouped_mm(x, local(self.gate_up_proj).transpose(1, 2), offs=offsets)
+        return functional.grouped_mm(swiglu(gate_up), local(self.down_proj).transpose(1, 2), offs=offsets)
 
 
 class SquaredReluExperts(nn.Module):
@@ -120,12 +124,26 @@ class SquaredReluExperts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        up = functional.grouped_mm(x, self.up_proj.transpose(1, 2), offs=offsets)
-        return functional.grouped_mm(up.relu().square(), self.down_proj.transpose(1, 2), offs=offsets)
+        up = functional.grouped_mm(x, local(self.up_proj).transpose(1, 2), offs=offsets)
+        return functional.grouped_mm(up.relu().square(), local(self.down_proj).transpose(1, 2), offs=offsets)
+
+
+RunExperts: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(experts, tokens [N, D] sorted by expert, counts [E] of each expert) -> their outputs [N, D]. Expert parallelism puts
+another in the place of `run_here`."""
+
+
+def run_here(experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    """All experts are here."""
+    outputs: Tensor = experts(x, counts.cumsum(0).int())
+    return outputs
 
 
 class MixtureOfExperts(nn.Module):
     """A mixer: router and experts, and optionally a shared expert (itself a mixer) that every token goes through."""
+
+    kind: ClassVar[str] = "experts"
+    shares_prefixes = True
 
     def __init__(
         self, router: SoftmaxRouter | SigmoidRouter, experts: nn.Module, *, shared: nn.Module | None = None
@@ -134,6 +152,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = router
         self.experts = experts
         self.shared_experts = shared
+        self.run_experts: RunExperts = run_here
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
@@ -145,10 +164,12 @@ class MixtureOfExperts(nn.Module):
         """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D]."""
         tokens, count = chosen.shape
         order = chosen.flatten().argsort(stable=True)
-        offsets = torch.bincount(chosen.flatten(), minlength=len(self.gate.weight)).cumsum(0).int()
+        # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
+        counts = torch.zeros(len(self.gate.weight), dtype=torch.int64, device=x.device)
+        counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
         copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
-        sorted_outputs: Tensor = self.experts(copies.index_select(0, order), offsets)
+        sorted_outputs = self.run_experts(self.experts, copies.index_select(0, order), counts)
         outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
         mixed: Tensor = (outputs * weights[..., None]).sum(1).to(x.dtype)
         return mixed

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] / sqrt(mean(x^2 over D) + eps) * weight; weight is [D], or [H, D] for one weight per head."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled():
+    exact = x.dtype in (torch.float32, torch.float64)
+    if exact and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return normed
     if weight.dim() == 1:

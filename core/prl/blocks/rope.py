@@ -70,12 +70,18 @@ class RotaryEmbedding:
     theta: float
     interleaved: bool = False
     yarn: Yarn | None = None
+    _key: str = attrs.field(init=False, eq=False, repr=False)
+    """Equal for equal frequencies; a compiler follows a string where it would not follow an object."""
     _known: dict[Any, Tensor] = attrs.field(factory=dict, init=False, eq=False, repr=False)
     """(device, dtype) -> [N, 2, D] tables of the first N positions: decoding looks up, it does not compute."""
 
+    @_key.default
+    def _default_key(self) -> str:
+        return f"rope {self.head_dim} {self.theta} {self.interleaved} {self.yarn}"
+
     def tables(self, context: Context, dtype: torch.dtype) -> Tables:
         """For the context's tokens. Angles are computed in float32."""
-        key = (self, dtype)
+        key = (self._key, dtype)
         if key not in context.memo:
             positions = context.positions
             rows = self._first(context.longest, positions.device, dtype).index_select(0, positions)

@@ -14,11 +14,19 @@ from prl.compose.config import Run
 from prl.compose.discover import InstalledPlugin
 from prl.errors import Problem
 from prl.providers import Provider
+from prl.train import layout
 
 
 def across_sections(run: Run) -> list[Problem]:
     """Core's own rules; plugins add theirs with `prl_validate`."""
-    return [*_tokenizer(run), *_environments(run), *_lengths(run), *_warmup(run), *_nodes(run)]
+    return [
+        *_tokenizer(run),
+        *_environments(run),
+        *_lengths(run),
+        *_warmup(run),
+        *_nodes(run),
+        *layout.problems(run.trainer, run.model),
+    ]
 
 
 def _tokenizer(run: Run) -> Iterable[Problem]:

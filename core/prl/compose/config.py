@@ -172,13 +172,29 @@ class ScheduleSection:
 class TrainerSection:
     """`[trainer]`: the processes that train."""
 
-    ranks: int = option(1, help="trainer processes in all (FSDP2 shards over them)", validator=positive)
+    ranks: int = option(1, help="trainer processes: replicate x shard x context", validator=positive)
     nodes: int = option(1, help="nodes the ranks are spread over, evenly", validator=positive)
+    replicate: int = option(1, help="copies of the model (HSDP)", validator=positive)
+    shard: int = option(
+        0, help="ranks that the parameters of a copy are divided over (FSDP2); 0: all that are left", validator=not_negative
+    )
+    context: int = option(1, help="ranks that share every sequence (context parallelism)", validator=positive)
+    expert: int = option(
+        1, help="ranks that the experts of a layer are divided over, out of shard x context", validator=positive
+    )
     threads: int = option(1, help="CPU threads of each rank", validator=positive)
     micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
     logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this global norm", validator=positive)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
+    activation_checkpointing: Literal["none", "full", "selective"] = option(
+        "none", help="compute activations again in the backward pass: of no layer, of all, of some of their parts"
+    )
+    recompute: tuple[Literal["attention", "mlp", "experts", "mamba"], ...] = option(
+        (), help="which parts of layers, under selective"
+    )
+    compile: bool = option(False, help="compile every layer (torch.compile)")
+    optimizer_offload: bool = option(False, help="keep the optimizer's state in host memory between steps")
     initial_weights: str = option("", help="folder with Hugging Face safetensors to start from; empty: random")
 
 

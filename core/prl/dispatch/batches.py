@@ -102,6 +102,7 @@ async def pack_batch(samples: Sequence[Sample], run: Run, version: int, *, phase
         version=version,
         phase=phase,
         ranks=run.trainer.ranks,
+        context=run.trainer.context,
         micro_batch_tokens=run.trainer.micro_batch_tokens,
     )
     large = sum(len(sample) for sample in samples) > _PACKED_IN_PLACE

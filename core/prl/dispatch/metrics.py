@@ -69,9 +69,10 @@ def accuracy(rollouts: Iterable[Rollout], name: str) -> dict[str, float]:
 def token_metrics(batch: Batch) -> dict[str, float]:
     """How many tokens, how many of them sampled, and the histogram of their staleness."""
     micro_batches = [micro for rank in batch.ranks for micro in rank]
-    staleness = np.concatenate([batch.version - micro.versions[micro.sampled] for micro in micro_batches])
+    versions = np.concatenate([micro.versions[micro.own][micro.sampled[micro.own]] for micro in micro_batches])
+    staleness = batch.version - versions
     metrics: dict[str, float] = {
-        "tokens/trained": sum(len(micro.tokens) for micro in micro_batches),
+        "tokens/trained": sum(len(micro.tokens[micro.own]) for micro in micro_batches),
         "tokens/sampled": len(staleness),
     }
     if len(staleness):

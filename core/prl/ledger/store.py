@@ -317,10 +317,10 @@ def _member(rollout: Rollout) -> int:
 
 def _contents(batch: Batch) -> dict[str, int | None]:
     """Tokens, sampled tokens, and the staleness of the sampled ones, read from the columns themselves."""
-    micro_batches = [micro_batch for rank in batch.ranks for micro_batch in rank]
-    versions = np.concatenate([micro_batch.versions[micro_batch.sampled] for micro_batch in micro_batches])
+    micro_batches = [micro for rank in batch.ranks for micro in rank]
+    versions = np.concatenate([micro.versions[micro.own][micro.sampled[micro.own]] for micro in micro_batches])
     return {
-        "tokens": sum(len(micro_batch.tokens) for micro_batch in micro_batches),
+        "tokens": sum(len(micro.tokens[micro.own]) for micro in micro_batches),
         "sampled": len(versions),
         "staleness_min": batch.version - int(versions.max()) if len(versions) else None,
         "staleness_max": batch.version - int(versions.min()) if len(versions) else None,

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 from prl.errors import RunError
-from prl.types import STREAMS, Batch, MicroBatch, Sample, Stream
+from prl.types import STREAMS, Batch, ContextShard, MicroBatch, Sample, Stream
+
+_FEWEST_ROWS = 8
+"""Of a rank that shares sequences: more than a causal convolution looks back on."""
 
 
 def pack(
@@ -24,23 +28,29 @@ def pack(
     phase: Literal["warmup", "rl"],
     ranks: int,
     micro_batch_tokens: int,
+    context: int = 1,
 ) -> Batch:
-    """One optimizer step's batch for `ranks` trainer ranks.
+    """One optimizer step's batch for `ranks` trainer ranks, of which each `context` neighbours share their sequences.
 
-    No micro-batch has more than `micro_batch_tokens` tokens, unless a single sample does. Raises RunError for a sample
+    No rank is given more than `micro_batch_tokens` tokens at a time, unless by a single sample. Raises RunError for a sample
     whose first token is weighted: nothing precedes it, so it has no log-probability.
     """
     streams = _streams(samples)
-    bins = split_to_multiple(first_fit_decreasing(samples, micro_batch_tokens), samples, ranks)
+    groups = ranks // context
+    bins = split_to_multiple(first_fit_decreasing(samples, micro_batch_tokens * context), samples, groups)
     with_reference = any(sample.ref_logprobs is not None for sample in samples)
-    assigned = balance(bins, samples, ranks)
+    assigned = [
+        [_micro_batch([samples[i] for i in chosen], streams, with_reference) for chosen in group]
+        for group in balance(bins, samples, groups)
+    ]
     return Batch(
         step=step,
         version=version,
         phase=phase,
         ranks=tuple(
-            tuple(_micro_batch([samples[i] for i in chosen], streams, with_reference) for chosen in rank)
-            for rank in assigned
+            tuple(share(micro, index, context) for micro in micro_batches)
+            for micro_batches in assigned
+            for index in range(context)
         ),
         token_counts={stream: sum(_count(sample, stream) for sample in samples) for stream in streams},
     )
@@ -134,6 +144,32 @@ def _micro_batch(samples: Sequence[Sample], streams: Sequence[Stream], with_refe
         ref_logprobs=column(np.float32, (s.ref_logprobs for s in samples)) if with_reference else None,
         large={name: tuple(s.large.get(name) for s in samples) for name in _large_names(samples)},
     )
+
+
+def share(whole: MicroBatch, index: int, count: int) -> MicroBatch:
+    """What rank `index` of a context group of `count` is given of a micro-batch."""
+    if count == 1:
+        return whole
+    rows = round_up(max(-(-len(whole.tokens) // count), _FEWEST_ROWS))
+    tokens = slice(index * rows, (index + 1) * rows + 1)
+    columns: dict[str, Any] = {
+        field.name: getattr(whole, field.name)[tokens]
+        for field in attrs.fields(MicroBatch)
+        if isinstance(getattr(whole, field.name), np.ndarray) and field.name != "cu_seqlens"
+    }
+    weights = {stream: column[tokens] for stream, column in whole.weights.items()}
+    return attrs.evolve(
+        whole, **columns, weights=weights, shard=ContextShard(index=index, count=count, rows=rows)
+    )
+
+
+def round_up(count: int) -> int:
+    """The next number of tokens of which few occur; at most 1/32 more.
+
+    Kernels that are prepared for each shape (oneDNN's primitives, megabytes each; compiled ones) are then prepared
+    once.
+    """
+    return count + -count % (1 << max(0, count.bit_length() - 6))
 
 
 def _large_names(samples: Sequence[Sample]) -> list[str]:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from prl import checkpoint_dir
 from prl.checkpoint_dir import FileRecord, RecordedFile, write_json
 from prl.errors import CheckpointError
-from prl.train.parallel import local
+from prl.blocks.sharded import local
 from prl.types import TensorRecord
 from prl.weights.tensors import read_tensors, write_safetensors
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from prl.blocks import checkpoint as huggingface
 from prl.providers import NumberFormat, WeightMap, WeightSender
-from prl.train.parallel import full
+from prl.blocks.sharded import full
 from prl.types import Manifest
 
 

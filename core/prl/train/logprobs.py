@@ -8,8 +8,11 @@ torch). Called by `prl.train.step`; knows nothing of losses or batches.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -23,8 +26,23 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None  # [N] float32, detached, of the distribution each token was drawn from
 
 
+@attrs.frozen
+class _Kernels:
+    """The work on one chunk, as torch does it or compiled into a few passes over the logits."""
+
+    scores: Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 def token_scores(
-    hidden: Tensor, head: Tensor, *, targets: Tensor, temperatures: Tensor, chunk: int, entropy: bool
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    targets: Tensor,
+    temperatures: Tensor,
+    chunk: int,
+    entropy: bool,
+    compiled: bool = False,
 ) -> TokenScores:
     """Score `targets` [N] int64 under softmax(hidden @ head.T / temperature).
 
@@ -33,24 +51,32 @@ def token_scores(
     """
     temperatures = torch.where(temperatures > 0, temperatures, 1.0).unsqueeze(1)
     score = _TokenScores.apply
-    logprobs, entropies = score(hidden, head, targets.unsqueeze(1), temperatures, chunk, entropy)  # type: ignore[no-untyped-call]
+    kernels = _compiled() if compiled else _Kernels(_chunk_scores, _chunk_gradient)
+    logprobs, entropies = score(hidden, head, targets.unsqueeze(1), temperatures, chunk, entropy, kernels)  # type: ignore[no-untyped-call]
     return TokenScores(logprobs, entropies if entropy else None)
 
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor, chunk: int, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        chunk: int,
+        entropy: bool,
+        kernels: _Kernels,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
         for rows in _chunks(len(hidden), chunk):
-            scores = _log_softmax(hidden[rows], head, temperatures[rows])
-            logprobs[rows] = scores.gather(1, targets[rows]).squeeze(1)
-            if entropy:
-                entropies[rows] = -torch.linalg.vecdot(scores.exp(), scores)
+            found, spread = kernels.scores(hidden[rows], head, targets[rows], temperatures[rows], entropy)
+            logprobs[rows] = found
+            if spread is not None:
+                entropies[rows] = spread
         ctx.save_for_backward(hidden, head, targets, temperatures)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.kernels = chunk, kernels
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -60,13 +86,38 @@ class _TokenScores(torch.autograd.Function):
         grad = grad.unsqueeze(1)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
         for rows in _chunks(len(hidden), ctx.chunk):
-            # d logprob / d logits = (onehot - softmax) / temperature
-            grad_logits = _log_softmax(hidden[rows], head, temperatures[rows]).exp_().mul_(-grad[rows])
-            grad_logits.scatter_add_(1, targets[rows], grad[rows])
-            grad_logits = grad_logits.div_(temperatures[rows]).to(head.dtype)
+            grad_logits = ctx.kernels.gradient(hidden[rows], head, targets[rows], temperatures[rows], grad[rows])
             grad_hidden[rows] = linear(grad_logits, head.t())
             grad_head += linear(grad_logits.t(), hidden[rows].t())
-        return grad_hidden, grad_head, None, None, None, None
+        return grad_hidden, grad_head, None, None, None, None, None
+
+
+def _chunk_scores(
+    hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """([n] log-probabilities, [n] entropies where they are asked for)"""
+    scores = _log_softmax(hidden, head, temperatures)
+    spread = -torch.linalg.vecdot(scores.exp(), scores) if entropy else None
+    return scores.gather(1, targets).squeeze(1), spread
+
+
+def _chunk_gradient(hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor, grad: Tensor) -> Tensor:
+    """[n, vocab] gradient of the logits, d logprob / d logits = (onehot - softmax) / temperature."""
+    grad_logits = _log_softmax(hidden, head, temperatures).exp_().mul_(-grad)
+    grad_logits.scatter_add_(1, targets, grad)
+    return grad_logits.div_(temperatures).to(head.dtype)
+
+
+def _fused_gradient(hidden: Tensor, head: Tensor, targets: Tensor, temperatures: Tensor, grad: Tensor) -> Tensor:
+    """The same without a scatter, which no compiler fuses with what comes before it."""
+    softmax = _log_softmax(hidden, head, temperatures).exp()
+    hit = torch.arange(softmax.shape[1], device=softmax.device) == targets
+    return ((hit.float() - softmax) * (grad / temperatures)).to(head.dtype)
+
+
+@functools.cache
+def _compiled() -> _Kernels:
+    return _Kernels(torch.compile(_chunk_scores), torch.compile(_fused_gradient))
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:

@@ -17,16 +17,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 
-from prl.blocks.context import Context
+from prl.blocks.context import Context, SharedPrefixes
 from prl.errors import RunError
 from prl.train.logprobs import TokenScores, token_scores
-from prl.train.parallel import clip_gradients
-from prl.train.streams import PredictedTokens, StreamLoss, no_tokens, predicted_tokens, stream_losses
-from prl.types import Batch, Int32, MicroBatch, Stream
+from prl.train.parallel.context import ContextGroup
+from prl.train.parallel.gradients import clip_gradients
+from prl.train.rows import Rows, rows_of
+from prl.train.streams import (
+    PredictedTokens,
+    StreamLoss,
+    brought_together,
+    no_tokens,
+    predicted_tokens,
+    stream_losses,
+)
+from prl.types import Batch, MicroBatch, Stream
 
 
 @attrs.frozen(kw_only=True)
@@ -49,15 +57,21 @@ class Stepper:
     logprob_chunk: int
     max_grad_norm: float
     device: torch.device
+    compiled: bool = False
+    """Compile what is done with the logits."""
+    context: ContextGroup | None = None
+    """Who shares this rank's sequences, and reports their sums if it is the first of them."""
 
     def step(self, batch: Batch, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepReport:
         """Train on this rank's `micro_batches`; every rank must bring the same number of them (they may be empty)."""
         started = time.perf_counter()
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         for micro in micro_batches:
-            self._accumulate(micro if len(micro.tokens) else no_tokens(), batch, sums)
+            self._accumulate(micro if len(micro.tokens) or micro.shard else no_tokens(), batch, sums)
         computed = time.perf_counter()
         grad_norm = self._move(batch.step, learning_rate)
+        if self.context is not None and self.context.index:
+            sums.clear()
         totals = torch.stack(list(sums.values())).tolist() if sums else []
         return StepReport(
             sums=dict(zip(sums, totals, strict=True)),
@@ -69,6 +83,8 @@ class Stepper:
         """Forward and backward of one micro-batch; its sums are added to `sums`."""
         tokens = predicted_tokens(micro, batch.version, self.device)
         scores = self._score(micro, tokens)
+        if self.context is not None:
+            tokens, scores = brought_together(tokens, scores, self.context)
         # A sum over nothing: connects every parameter to the loss, so that a rank whose micro-batch trains no token
         # still takes part in the collectives of the backward pass.
         total = scores.logprobs[:0].sum()
@@ -81,18 +97,25 @@ class Stepper:
         _add_diagnostics(tokens, scores, sums)
 
     def _score(self, micro: MicroBatch, tokens: PredictedTokens) -> TokenScores:
-        packed, cu_seqlens = _round_up(micro)
+        rows = rows_of(micro, share=getattr(self.model, "shares_prefixes", False))
+        shared = self._shared(rows)
         with self.device:
-            context = Context.packed(torch.tensor(cu_seqlens, device="cpu"))
-        hidden = self.model.hidden(torch.tensor(packed, dtype=torch.int64, device=self.device), context)
+            context = Context.packed(torch.tensor(rows.cu_seqlens, device="cpu"), shared, shard=self.context)
+        hidden = self.model.hidden(torch.tensor(rows.tokens, dtype=torch.int64, device=self.device), context)
         return token_scores(
-            hidden.index_select(0, tokens.rows),
+            hidden.index_select(0, tokens.rows if shared is None else shared.source[tokens.rows]),
             self.model.head(),
             targets=tokens.targets,
             temperatures=tokens.temperatures,
             chunk=self.logprob_chunk,
+            compiled=self.compiled,
             entropy="rl" in tokens.weights or any("entropy" in loss.needs for loss in self.losses.values()),
         )
+
+    def _shared(self, rows: Rows) -> SharedPrefixes | None:
+        if rows.source is None or rows.kept is None:
+            return None
+        return SharedPrefixes(*(torch.tensor(index, device=self.device) for index in (rows.source, rows.kept)))
 
     def _move(self, step: int, learning_rate: float) -> float:
         """Clip, step, forget the gradient; returns the gradient's norm before clipping."""
@@ -104,19 +127,6 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-
-def _round_up(micro: MicroBatch) -> tuple[Int32, Int32]:
-    """Tokens [T'] and cu_seqlens with a document of padding at the end, so that few distinct lengths T' occur.
-
-    Kernels that are prepared for each shape (oneDNN's primitives, megabytes each; compiled ones) are then prepared
-    once. At most 1/32 is added; samples of equal length repeat their shape as they are.
-    """
-    count = len(micro.tokens)
-    padding = -count % (1 << max(0, count.bit_length() - 6))
-    if padding == 0 or len(set(np.diff(micro.cu_seqlens).tolist())) == 1:
-        return micro.tokens, micro.cu_seqlens
-    return np.pad(micro.tokens, (0, padding)), np.append(micro.cu_seqlens, np.int32(count + padding))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from prl.errors import RunError
 from prl.providers import LossFunction
 from prl.train.logprobs import TokenScores
+from prl.train.parallel.context import ContextGroup, in_whole
 from prl.types import STREAMS, Float32, MicroBatch, Stream
 
 
@@ -54,12 +55,18 @@ class PredictedTokens:
     advantages: Tensor  # [N]
     engine_logprobs: Tensor  # [N]
     sampled: Tensor  # [N] bool
-    fresh: Tensor  # [N] bool, sampled, in a sample with no token older than the version being trained
     staleness: Tensor  # [N] int64, 0 where nothing was sampled
     sample_ids: Tensor  # [N] int64
     sample_count: int
     weights: Mapping[Stream, Tensor]  # [N] each, only streams that occur here
     ref_logprobs: Tensor | None  # [N]
+
+    @property
+    def fresh(self) -> Tensor:
+        """[N] bool, sampled, in a sample with no token older than the version being trained."""
+        stale = torch.zeros(self.sample_count, dtype=torch.bool, device=self.sampled.device)
+        stale[self.sample_ids[self.staleness != 0]] = True
+        return self.sampled & ~stale[self.sample_ids]
 
     def loss_batch(self, stream: Stream, scores: TokenScores, needs: frozenset[str]) -> LossBatch:
         """The inputs of one stream's loss; optional columns only where `needs` names them."""
@@ -79,12 +86,14 @@ class PredictedTokens:
 
 
 def predicted_tokens(micro: MicroBatch, version: int, device: torch.device) -> PredictedTokens:
-    """Select the tokens of `micro` that are scored when `version` is trained."""
+    """Select the tokens of `micro` that are scored when `version` is trained.
+
+    Under a shard every stream of the batch stays, whether it occurs here or not: other ranks may have tokens of it.
+    """
     lengths = np.diff(micro.cu_seqlens)
-    sample_ids = np.repeat(np.arange(len(lengths)), lengths)
-    stale = micro.sampled & (micro.versions != version)
-    sample_is_stale = np.bincount(sample_ids[stale], minlength=len(lengths)) > 0
-    chosen = np.flatnonzero(_is_scored(micro))
+    first = _first_token(micro)
+    sample_ids = np.repeat(np.arange(len(lengths)), lengths)[first : first + len(micro.tokens)]
+    chosen = np.flatnonzero(is_scored(micro))
 
     def column(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values[chosen], dtype=dtype, device=device)
@@ -96,23 +105,56 @@ def predicted_tokens(micro: MicroBatch, version: int, device: torch.device) -> P
         advantages=column(micro.advantages, torch.float32),
         engine_logprobs=column(micro.engine_logprobs, torch.float32),
         sampled=column(micro.sampled, torch.bool),
-        fresh=column(micro.sampled & ~sample_is_stale[sample_ids], torch.bool),
         staleness=column(np.where(micro.sampled, version - micro.versions, 0), torch.int64),
         sample_ids=column(sample_ids, torch.int64),
         sample_count=len(lengths),
-        weights={s: column(weights, torch.float32) for s, weights in micro.weights.items() if weights[chosen].any()},
+        weights={
+            stream: column(weights, torch.float32)
+            for stream, weights in micro.weights.items()
+            if micro.shard is not None or weights[chosen].any()
+        },
         ref_logprobs=None if micro.ref_logprobs is None else column(micro.ref_logprobs, torch.float32),
     )
 
 
-def _is_scored(micro: MicroBatch) -> NDArray[np.bool_]:
+def is_scored(micro: MicroBatch) -> NDArray[np.bool_]:
     """[T] True for tokens that someone wants to know about and that have a predecessor in their sample."""
     scored = micro.sampled.copy()
     for weights in micro.weights.values():
         scored |= weights != 0
-    starts = micro.cu_seqlens[:-1]
-    scored[starts[starts < len(scored)]] = False
+    starts = micro.cu_seqlens[:-1] - _first_token(micro)
+    scored[starts[(starts >= 0) & (starts < len(scored))]] = False
+    scored[:1] = False  # under a shard, the rank before has the state that predicts it
     return scored
+
+
+def _first_token(micro: MicroBatch) -> int:
+    """Number of the columns' first token in the packed whole."""
+    return 0 if micro.shard is None else micro.shard.index * micro.shard.rows
+
+
+def brought_together(
+    tokens: PredictedTokens, scores: TokenScores, context: ContextGroup
+) -> tuple[PredictedTokens, TokenScores]:
+    """The scored tokens of all ranks of a context group; gradients flow through this rank's own.
+
+    What only scoring needs (rows, targets, temperatures) stays this rank's.
+    """
+    columns: dict[str, Tensor] = {
+        "logprobs": scores.logprobs.detach(),
+        **({} if scores.entropy is None else {"entropy": scores.entropy}),
+        **{name: getattr(tokens, name) for name in ("advantages", "engine_logprobs", "sampled", "staleness", "sample_ids")},
+        **({} if tokens.ref_logprobs is None else {"ref_logprobs": tokens.ref_logprobs}),
+        **tokens.weights,
+    }
+    # float64 holds each of these exactly.
+    whole, place = context.columns(torch.stack([column.double() for column in columns.values()], 1))
+    seen = {name: part.to(columns[name].dtype) for name, part in zip(columns, whole.unbind(1), strict=True)}
+    logprobs = in_whole(scores.logprobs, seen.pop("logprobs"), place)
+    entropy = seen.pop("entropy", None)
+    weights = {stream: seen.pop(stream) for stream in tokens.weights}
+    occurring = {stream: column for stream, column in weights.items() if column.any()}
+    return attrs.evolve(tokens, **seen, weights=occurring), TokenScores(logprobs, entropy)
 
 
 def stream_losses(

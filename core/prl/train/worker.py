@@ -31,9 +31,11 @@ from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, T
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
 from prl.run_dir import RunDir
+from prl.train import layers
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter, HuggingFaceExport
-from prl.train.parallel import Ranks
+from prl.train.layout import layout_of
+from prl.train.parallel.ranks import Ranks
 from prl.train.saver import Saver
 from prl.train.step import Stepper, StepReport
 from prl.train.streams import StreamLoss
@@ -48,7 +50,7 @@ _AGENT_SECONDS = 5.0
 def main(composition: Composition, run_dir: RunDir) -> int:
     """Run one rank to the end of the run; rank and world size come from the elastic agent's environment."""
     torch.set_num_threads(composition.run.trainer.threads)
-    ranks = Ranks.join(composition.run.trainer.device)
+    ranks = Ranks.join(composition.run.trainer.device, layout_of(composition.run.trainer))
     connection = Connection(run_dir, f"trainer-{ranks.rank}")
     try:
         rank = build(composition, run_dir, ranks, connection)
@@ -176,6 +178,8 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             logprob_chunk=run.trainer.logprob_chunk,
             max_grad_norm=run.trainer.max_grad_norm,
             device=ranks.device,
+            compiled=run.trainer.compile,
+            context=ranks.context,
         ),
         state=state,
         exporter=Exporter(
@@ -213,6 +217,7 @@ def _build_model(
     cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
     if run.trainer.initial_weights:
         checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
+    layers.apply(model, run.trainer)
     ranks.shard(model)
     return model
 

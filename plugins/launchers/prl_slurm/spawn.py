@@ -88,7 +88,7 @@ class Spawner:
     def _look_at_all(self) -> None:
         """Before an attempt: those that are down, and those where something of the last attempt failed."""
         failed = [step.host for step in self._alive.values() if step.popen.poll()]
-        for host in self.nodes.hosts:
+        for host in [*self.nodes.spares, *self.nodes.hosts]:
             if state := commands.down(host):
                 self.nodes.lose(host, f"is {state.rstrip('*')}")
         self._look_at(list(dict.fromkeys(failed)))

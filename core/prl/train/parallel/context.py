@@ -1,0 +1,68 @@
+"""Ranks that share every sequence: each holds an equal share of the packed tokens (context parallelism).
+
+What mixers ask of it is `prl.blocks.context.SequenceShard`; beside that, small columns of the tokens that are scored are
+brought together, so that a loss sees whole samples wherever their tokens lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ContextGroup:
+    """This rank among those that share its sequences; a `SequenceShard`."""
+
+    index: int
+    count: int
+    group: ProcessGroup
+
+    def whole(self, x: Tensor) -> Tensor:
+        """x [T, ...] of this rank -> [count * T, ...] of all ranks in order; gradients add up."""
+        gathered: Tensor = _Gather.apply(x, self.group, self.count)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def columns(self, columns: Tensor) -> tuple[Tensor, slice]:
+        """columns [N, C] of this rank, any N -> [sum of N, C] of all ranks in order, and where this rank's are."""
+        counts = [torch.empty(1, dtype=torch.int64, device=columns.device) for _ in range(self.count)]
+        dist.all_gather(counts, torch.tensor([len(columns)], device=columns.device), group=self.group)
+        lengths = torch.cat(counts).tolist()
+        padded = columns.new_zeros(max(lengths), columns.shape[1])
+        padded[: len(columns)] = columns
+        parts = _gather(padded, self.group, self.count).split(max(lengths) or 1)
+        start = sum(lengths[: self.index])
+        whole = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]) if max(lengths) else padded
+        return whole, slice(start, start + len(columns))
+
+
+def in_whole(own: Tensor, whole: Tensor, place: slice) -> Tensor:
+    """`whole` [M] with this rank's `own` [N] in its place, through which alone gradients flow.
+
+    Every rank computes the same loss over the whole and keeps the part of its gradient that is its own.
+    """
+    return torch.cat((whole[: place.start], own, whole[place.stop :]))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+        ctx.group, ctx.count = group, count
+        return _gather(x, group, count)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        summed = grad.new_empty(grad.shape[0] // ctx.count, *grad.shape[1:])
+        dist.reduce_scatter_tensor(summed, grad.contiguous(), group=ctx.group)
+        return summed, None, None
+
+
+def _gather(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+    gathered = x.new_empty(count * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered

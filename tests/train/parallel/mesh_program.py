@@ -1,0 +1,120 @@
+"""What each rank of test_meshes.py runs: `python -m tests.train.parallel.mesh_program FOLDER`, under the elastic agent.
+
+One process group, many layouts of it, all families: starting processes costs more than what they compute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from prl.compose.config import TrainerSection
+from prl.train import layers
+from prl.train.layout import Layout
+from prl.train.parallel.ranks import Ranks
+from prl_glm5 import Glm52Config
+from prl_glm5.network import build as glm5
+from prl_kimi_k2 import KimiConfig
+from prl_kimi_k2.network import build as kimi_k2
+from prl_nemotron3 import SuperConfig
+from prl_nemotron3.network import build as nemotron3
+from torch import nn
+
+from tests.train.tiny import (
+    VOCAB,
+    GradientRecorder,
+    build_qwen3,
+    build_stepper,
+    pack_batch,
+    random_samples,
+    relative_difference,
+)
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "qwen3": build_qwen3,
+    "qwen3_moe": lambda: build_qwen3(experts=4),
+    "kimi_k2": lambda: kimi_k2(KimiConfig(layers=2, hidden_size=32, experts=4), VOCAB),
+    # Selects 4 of up to 40 tokens; layers share the selection of earlier ones.
+    "glm5_2": lambda: glm5(Glm52Config(layers=4, hidden_size=32, experts=4, index_top_k=4), VOCAB),
+    "nemotron3": lambda: nemotron3(SuperConfig(hidden_size=32, experts=4, pattern="ME*ME"), VOCAB),
+}
+WAYS = {
+    "none": TrainerSection(),
+    "full": TrainerSection(activation_checkpointing="full"),
+    "selective": TrainerSection(activation_checkpointing="selective", recompute=("attention", "experts", "mamba")),
+}
+MESHES: dict[int, list[tuple[Layout, str]]] = {
+    2: [
+        (Layout(shard=2), "none"),
+        (Layout(replicate=2), "full"),
+        (Layout(context=2), "selective"),
+        (Layout(shard=2, expert=2), "full"),
+        (Layout(context=2, expert=2), "none"),
+    ],
+    4: [
+        (Layout(context=4, expert=2), "none"),
+        (Layout(shard=2, context=2, expert=4), "full"),
+        (Layout(replicate=2, shard=2, expert=2), "none"),
+        (Layout(replicate=2, context=2), "none"),
+    ],
+}
+
+
+def name(layout: Layout, way: str) -> str:
+    axes = ("replicate", "shard", "context", "expert")
+    divided = " ".join(f"{axis}{getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1)
+    return f"{divided} {way}"
+
+
+def build(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return FAMILIES[family]()
+
+
+def recorder(model: nn.Module) -> GradientRecorder:
+    return GradientRecorder([(key, p) for key, p in model.named_parameters() if p.requires_grad])
+
+
+def compare(family: str, layout: Layout, way: str, rank: int) -> dict[str, object]:
+    """A step on this mesh beside the same step of one rank: clipped gradients, their norm, the sums of this rank."""
+    samples = random_samples(6, seed=3, longest=40)
+    alone, expected = build(family), pack_batch(samples)
+    whole = recorder(alone)
+    report = build_stepper(alone, whole, max_grad_norm=0.05).step(expected, expected.ranks[0], 0.0)
+    ranks = Ranks.laid_out(rank, torch.device("cpu"), layout)
+    model = build(family)
+    layers.apply(model, WAYS[way])
+    ranks.shard(model)
+    parts = recorder(model)
+    batch = pack_batch(samples, ranks=layout.ranks, context=layout.context)
+    stepper = build_stepper(model, parts, max_grad_norm=0.05, context=ranks.context)
+    seen = stepper.step(batch, batch.ranks[rank], 0.0)
+    return {
+        "difference": relative_difference(parts.gradients, whole.gradients),
+        "grad_norm": [seen.values["grad_norm"], report.values["grad_norm"]],
+        "sums": dict(seen.sums),
+        "expected": dict(report.sums),
+        "held": sum(p.to_local().numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def main(folder: Path) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    for family in FAMILIES:
+        for layout, way in MESHES[world_size]:
+            if family == "qwen3" and layout.expert > 1:
+                continue
+            found = compare(family, layout, way, rank)
+            (folder / f"{family} {name(layout, way)} {rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
