@@ -38,7 +38,10 @@ class Hello:
 
 @attrs.frozen(kw_only=True)
 class Failed:
-    """The worker cannot go on (or could not do `request`); the sentence says why. `fatal` ends the run."""
+    """The worker cannot go on (or could not do `request`); the sentence says why.
+
+    `fatal` ends the run, because a restart would not help.
+    """
 
     error: str
     request: int = -1

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prl.compose.config import Run
     from prl.compose.plan import LaunchPlan
     from prl.rollout.conversation import Conversation
+    from prl.run_dir import RunDir
     from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Task, Tool
 
 Ref: TypeAlias = str
@@ -483,8 +484,38 @@ class ProcessLauncher(Protocol):
     def render(self, plan: LaunchPlan) -> str:
         """What would be started, as text, with no side effect (`prl launch --dry-run`)."""
 
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse what cannot be started, with a PrlError, before anything is written."""
+
     def launch(self, plan: LaunchPlan) -> int:
-        """Start every process, wait for the run, stop what is left; the exit code of the run."""
+        """Start every process, wait for the run, stop what is left; the exit code of the run.
+
+        Or hand the run over to a system that does this, write `launch.json` and return 0; then there is `remote`.
+        """
+
+
+class HandingLauncher(ProcessLauncher, Protocol):
+    def remote(self, run_dir: RunDir) -> RemoteRun:
+        """The run that `launch.json` says was handed over."""
+
+
+class RemoteRun(Protocol):
+    """A run that another system keeps, as the command line asks for it from anywhere.
+
+    InfrastructureError when that system does not answer.
+    """
+
+    def rows(self) -> list[list[str]]:
+        """(name, value) lines for `prl status`; never raises."""
+
+    def over(self) -> bool:
+        """Whether nothing of it runs or waits to run; may be asked often."""
+
+    def stop(self) -> None:
+        """The stop file is there: take back what does not run yet; what runs reads the file and ends by itself."""
+
+    def cancel(self) -> None:
+        """End what is left of it now."""
 
 
 @attrs.frozen(kw_only=True)

@@ -130,10 +130,11 @@ class FakeEnvironment:
     asked: list[RunGroup] = attrs.field(factory=list)
     cancelled: list[int] = attrs.field(factory=list)
     environments: tuple[str, ...] = ("toy",)
+    pid: int = 1
 
     def serve(self, connection: Connection, index: int) -> None:
         sizes = {f"{n}/{s}": k for n in self.environments for s, k in (("train", TRAIN_TASKS), ("eval", EVAL_TASKS))}
-        connection.send(Hello(role="environment", index=index, pid=1, host="here", sizes=sizes))
+        connection.send(Hello(role="environment", index=index, pid=self.pid, host="here", sizes=sizes))
         while not isinstance(message := connection.receive(TO_WORKER), Stop):
             match message:
                 case RunGroup():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -130,16 +131,25 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
             for part, reference in parts.items()
             if reference is not None
         },
-        "fields": [_field(field) for field in attrs.fields(provider.config) if field.init],
+        "fields": list(_fields(provider.config)),
     }
 
 
-def _field(field: attrs.Attribute[Any]) -> dict[str, Any]:
-    default: Any = field.default
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        default = "..." if default.takes_self else default.factory()
+def _fields(config: type, prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Of a section, and of the sections inside it by their dotted names."""
+    for field in attrs.fields(config):
+        default: Any = field.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = "..." if default.takes_self else default.factory()
+        if attrs.has(type(default)):
+            yield from _fields(type(default), f"{prefix}{field.alias}.")
+        elif field.init:
+            yield _field(field, default, prefix)
+
+
+def _field(field: attrs.Attribute[Any], default: Any, prefix: str) -> dict[str, Any]:
     return {
-        "name": field.alias,
+        "name": f"{prefix}{field.alias}",
         "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
         "default": None if default is attrs.NOTHING else repr(default),
         "help": field.metadata.get("help", ""),

@@ -26,6 +26,7 @@ def across_sections(run: Run) -> list[Problem]:
         *_environments(run),
         *_lengths(run),
         *_warmup(run),
+        *_nodes(run),
         *layout.problems(run.trainer, run.model),
     ]
 
@@ -61,6 +62,14 @@ def _lengths(run: Run) -> Iterable[Problem]:
 def _warmup(run: Run) -> Iterable[Problem]:
     if run.warmup.steps and run.losses.ce is None:
         yield Problem("losses.ce", f"missing section: warmup.steps is {run.warmup.steps}, and it trains this stream")
+
+
+def _nodes(run: Run) -> Iterable[Problem]:
+    if run.trainer.ranks % run.trainer.nodes:
+        ranks, nodes = run.trainer.ranks, run.trainer.nodes
+        yield Problem("trainer.ranks", f"must be a multiple of trainer.nodes ({nodes}), got {ranks}")
+    if run.engine.count < run.engine.nodes:
+        yield Problem("engine.nodes", f"must be <= engine.count ({run.engine.count}), got {run.engine.nodes}")
 
 
 def files(run: Run) -> list[Problem]:

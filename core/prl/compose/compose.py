@@ -192,9 +192,9 @@ def config_table(composition: Composition) -> dict[str, Any]:
     return {**composition.resolved, "run": section}
 
 
-def create_run(composition: Composition, source: Path) -> RunDir:
+def create_run(composition: Composition, source: Path, run_dir: RunDir | None = None) -> RunDir:
     """Make the run directory with everything a worker needs; UserError when it already holds a run."""
-    run_dir = planned_run_dir(composition, source)
+    run_dir = run_dir or planned_run_dir(composition, source)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     try:
         with run_dir.config.open("x") as file:

@@ -27,7 +27,7 @@ from prl.blocks.precision import cast
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
-from prl.errors import PrlError, RunError
+from prl.errors import PrlError, RunError, is_final
 from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
@@ -66,7 +66,7 @@ def main(composition: Composition, run_dir: RunDir) -> int:
         if ranks.world_size > 1 and not isinstance(error, PrlError):
             # A peer that died breaks the collective this rank is in: the agent knows who was first, and ends the rest.
             time.sleep(_AGENT_SECONDS)
-        connection.send(Failed(error=reason, fatal=True))
+        connection.send(Failed(error=reason, fatal=is_final(error)))
         raise
     finally:
         connection.close()
