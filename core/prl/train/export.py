@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from prl.blocks import checkpoint as huggingface
+from prl.blocks.form import Form
 from prl.blocks.sharded import full, local, part_of
 from prl.blocks.weight_map import stacked_views
 from prl.providers import NumberFormat, WeightMap, WeightSender
@@ -35,8 +36,8 @@ class Shares:
     rank: int = 0
     ranks: int = 1
 
-    def own(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(name in the module, checkpoint name, tensor as it is now) of this rank's share. A collective throughout."""
+    def own(self) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, tensor as it is now) of this rank's share. A collective throughout."""
         loads = [0] * self.ranks
         for name, tensor in self.model.state_dict().items():
             views = stacked_views(self.weight_map, name, tensor.shape) if isinstance(tensor, DTensor) else None
@@ -46,13 +47,13 @@ class Shares:
                 held, first = local(stack), part.offsets[0]
                 for view in views if part.first else ():
                     if first <= view.index < first + len(held):
-                        yield name, view.name, held[view.index - first].narrow(0, view.start, view.rows)
+                        yield view.name, held[view.index - first].narrow(0, view.start, view.rows)
                 continue
             whole = full(tensor)
             owner = loads.index(min(loads))
             loads[owner] += whole.nbytes
             if owner == self.rank:
-                yield from ((name, hf_name, hf_tensor) for hf_name, hf_tensor in self.weight_map.to_hf(name, whole))
+                yield from self.weight_map.to_hf(name, whole)
 
     def owners(self) -> Mapping[str, int]:
         """Checkpoint name of every tensor -> the rank whose share it is in. A collective."""
@@ -62,7 +63,7 @@ class Shares:
                 for name, tensor in self.model.state_dict().items()
                 for hf_name, _ in self.weight_map.to_hf(name, torch.empty(tensor.shape, dtype=tensor.dtype))
             ]
-        mine = {hf_name for _, hf_name, _ in self.own()}
+        mine = {hf_name for hf_name, _ in self.own()}
         device = next(self.model.parameters()).device
         mask = torch.tensor([name in mine for name in names], dtype=torch.uint8, device=device)
         masks = mask.new_empty(self.ranks * len(names))
@@ -86,7 +87,9 @@ class Exporter:
     number_format: NumberFormat
     sender: WeightSender
     float32: tuple[str, ...] = ()
-    """Endings of the names of module tensors that travel as they are."""
+    """Endings of the names of tensors that travel as they are."""
+    unquantized: tuple[str, ...] = ()
+    """Regular expressions for the names of matrices that are only cast."""
 
     def publish(self, version: int) -> Manifest:
         """Send this rank's share of `version`; all ranks take part."""
@@ -99,11 +102,9 @@ class Exporter:
         self.sender.close()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, hf_name, tensor in self.shares.own():
-            if name.endswith(self.float32):
-                yield hf_name, tensor
-            else:
-                yield from self.number_format.export(hf_name, tensor)
+        form = Form(number_format=self.number_format, float32=self.float32, unquantized=self.unquantized)
+        for hf_name, tensor in self.shares.own():
+            yield from form.apply(hf_name, tensor)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -118,6 +119,8 @@ class HuggingFaceExport:
     """The tokenizer.json that goes with it."""
     origin: Path | None = None
     """The checkpoint the run started from, for the tensors that the weight map carries."""
+    origin_format: NumberFormat | None = None
+    """What decodes it."""
 
     owners: Mapping[str, int] = attrs.field(factory=dict)
     """`Shares.owners()`, where there are several ranks."""
@@ -129,7 +132,7 @@ class HuggingFaceExport:
         """
         if self.shares.rank == 0:
             shutil.rmtree(checkpoint / "huggingface", ignore_errors=True)
-        share = {hf_name: tensor.detach().to("cpu", copy=True) for _, hf_name, tensor in self.shares.own()}
+        share = {hf_name: tensor.detach().to("cpu", copy=True) for hf_name, tensor in self.shares.own()}
         if self.shares.ranks > 1:
             dist.barrier()
         return share
@@ -137,12 +140,14 @@ class HuggingFaceExport:
     def write(self, share: Mapping[str, Tensor], checkpoint: Path) -> None:
         """Write what was collected into the folder `huggingface` of a checkpoint, while training goes on."""
         folder, shares = checkpoint / "huggingface", self.shares
-        if shares.ranks == 1:
-            huggingface.save_stored(share.items(), shares.weight_map, folder, origin=self.origin)
-        else:
-            origin = self.origin if shares.rank == 0 else None
-            huggingface.save_share(
-                share, shares.weight_map, folder, rank=shares.rank, owners=self.owners, origin=origin
-            )
+        huggingface.save_share(
+            share,
+            shares.weight_map,
+            folder,
+            rank=shares.rank,
+            owners=self.owners,
+            origin=self.origin,
+            origin_format=self.origin_format,
+        )
         if self.tokenizer is not None and shares.rank == 0:
             shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
