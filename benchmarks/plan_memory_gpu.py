@@ -1,8 +1,8 @@
 """Planned memory against measured memory on one GPU: the cases of train_gpu.py, layers not compiled.
 
-    python benchmarks/plan_memory_gpu.py --out benchmarks/results/plan_memory_gpu.json      about two minutes
-    python benchmarks/plan_memory_gpu.py --only qwen3                                        cases whose names contain it
-    python benchmarks/plan_memory_gpu.py --smoke                                             tiny; without a GPU, planned only
+    python benchmarks/plan_memory_gpu.py --out benchmarks/results/plan_memory_gpu.json  about two minutes
+    python benchmarks/plan_memory_gpu.py --only qwen3                                    cases whose names contain it
+    python benchmarks/plan_memory_gpu.py --smoke   tiny; without a GPU, planned only
 
 Planned is what `prl plan` computes (`prl.plan.memory`), from the model without data. Measured is the most that torch's
 allocator handed out in the second and third step. Runs from a checkout with torch, numpy and attrs.

@@ -1,7 +1,7 @@
 """The swap: one config, and two words of it changed, trains each of the three families; the loop replays their routes.
 
-Words have three letters here, so that a short supervised start teaches something: a policy that guesses letters is right
-once in ten thousand words.
+Words have three letters here, so that a short supervised start teaches something: a policy that guesses letters is
+right once in ten thousand words.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def test_nothing_but_the_family_is_another_one(learned: tuple[str, Run], tmp_pat
     """`prl config diff` between the run and the config with the family it ships with."""
     model, run = learned
     base = tmp_path / "base.toml"
-    shown = prl("config", "show", str(SPELL), *(word for s in SHORT for word in ("--set", s)), "--plugins", "no:console")
+    sets = (word for s in SHORT for word in ("--set", s))
+    shown = prl("config", "show", str(SPELL), *sets, "--plugins", "no:console")
     base.write_text(shown.stdout)
     lines = prl("config", "diff", str(base), str(run.dir.config)).stdout.splitlines()
     paths = {line.split()[0] for line in lines}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from prl.blocks.checkpoint import load
@@ -29,7 +28,6 @@ EDITS = (
     "evaluation.every=0",
     "trackers=[]",
 )
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +63,5 @@ def test_it_learns_as_with_one(runs: dict[str, Run], mesh: str) -> None:
 def test_the_exported_shares_are_one_policy(runs: dict[str, Run]) -> None:
     checkpoint = runs["shard4 expert2"].checkpoint
     assert len(list((checkpoint / "huggingface").glob("model-*-of-00004.safetensors"))) == 4
-    vocab_size = 64
-    config = Qwen3Config(**SIZES, experts=4, expert_intermediate_size=32, checkpoint=str(Path(checkpoint, "huggingface")))
-    load(build(config, vocab_size), weight_map(config, vocab_size), checkpoint / "huggingface")
+    config = Qwen3Config(checkpoint=str(checkpoint / "huggingface"))
+    load(build(config, 0), weight_map(config, 0), checkpoint / "huggingface")

@@ -35,8 +35,8 @@ def load(model: nn.Module, weight_map: WeightMap, folder: Path, *, number_format
     """Fill every tensor of `model` from `folder`, cast to its dtype; what was read for one is freed before the next.
 
     `number_format` decodes what is quantised. The model may be divided over ranks: each fills its own part.
-    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's. Tensors that the weight map
-    only carries are left alone.
+    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's. Tensors that the weight
+    map only carries are left alone.
     """
     header, stored = restored(folder, number_format)
     tensors = model.state_dict()
@@ -207,8 +207,8 @@ def save_share(
 ) -> None:
     """Write what one of several ranks has of a checkpoint, under its checkpoint names and with the dtypes it has.
 
-    `owners`: every tensor's name -> the rank that writes it; empty for a single rank. Rank 0 also copies what the weight
-    map carries from `origin`, and writes config.json. The checkpoint is whole when all ranks have written.
+    `owners`: every tensor's name -> the rank that writes it; empty for a single rank. Rank 0 also copies what the
+    weight map carries from `origin`, and writes config.json. The checkpoint is whole when all ranks have written.
     """
     carried = _Carried(origin if rank == 0 else None, origin_format, weight_map, None)
     planned = [*_as_meta(share.items()), *carried.planned()]
@@ -222,7 +222,9 @@ def save_share(
         _write_config(folder, weight_map, planned, None)
 
 
-def _write_config(folder: Path, weight_map: WeightMap, planned: Sequence[tuple[str, Tensor]], form: Form | None) -> None:
+def _write_config(
+    folder: Path, weight_map: WeightMap, planned: Sequence[tuple[str, Tensor]], form: Form | None
+) -> None:
     if form is None:
         dtype = str(planned[0][1].dtype).removeprefix("torch.") if planned else "float32"
         config = {**weight_map.hf_config(), "dtype": dtype}

@@ -193,7 +193,7 @@ class TrainerSection:
     micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
     attention_length: int = option(
         8192,
-        help="tokens at which a sequence's attention costs as much as its matrix products: balances micro-batches by cost",
+        help="tokens at which a sequence's attention costs as much as its matrix products; balances micro-batches",
         validator=positive,
     )
     logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)

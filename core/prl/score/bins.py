@@ -55,7 +55,7 @@ def _multiple(count: int, ranks: int) -> int:
 
 
 def karmarkar_karp(costs: Sequence[float], count: int) -> list[Bin]:
-    """`count` bins of all items with sums as equal as differencing finds them (Karmarkar and Karp 1982, in several ways).
+    """`count` bins of all items with sums as equal as differencing finds them (Karmarkar and Karp 1982, many ways).
 
     The two partitions that are most uneven are joined, the heaviest bin of one with the lightest of the other, until
     one partition is left.

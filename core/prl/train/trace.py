@@ -137,7 +137,7 @@ def _packed(lengths: Sequence[int]) -> Context:
 def ends_footprint(model: nn.Module, lengths: Sequence[int], *, granularity: int) -> Footprint:
     """Of what comes before and after the layers of a model, whose `layers` are gone; inside `without_data`."""
     context, tokens = _packed(lengths), torch.zeros(sum(lengths), dtype=torch.int64)
-    run: Callable[[], Tensor] = partial(model.hidden, tokens, context)  # type: ignore[arg-type]
+    run: Callable[[], Tensor] = partial(model.hidden, tokens, context)  # type: ignore[arg-type, operator, misc]
     return footprint(run, model.parameters(), torch.empty(0), tokens, context.positions, granularity=granularity)
 
 
