@@ -88,7 +88,7 @@ def alive(process: Mapping[str, Any], run_dir: RunDir) -> bool:
         return True
     command = Path(f"/proc/{process['pid']}/cmdline")
     if command.parent.parent.joinpath("self").exists():
-        named = b"prl" if process["role"] == SUPERVISOR else str(run_dir.path).encode()
+        named = b"prl" if process.get("role") == SUPERVISOR else str(run_dir.path).encode()
         return command.exists() and named in command.read_bytes()
     try:
         os.kill(process["pid"], 0)
