@@ -33,6 +33,10 @@ import attrs
 from prl.errors import UserError
 
 
+SUPERVISOR = "launcher"
+"""Role, in processes.json, of the process that starts the others; listed where none of them is."""
+
+
 def _absolute(path: str | Path) -> Path:
     return Path(path).resolve()
 
