@@ -1,4 +1,4 @@
-"""What a rank really holds, counted tensor by tensor: `python -m tests.plan.held FOLDER SHARD`, under the elastic agent."""
+"""What a rank really holds, tensor by tensor: `python -m tests.plan.held FOLDER SHARD`, under the elastic agent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from prl.blocks.context import Context
+from prl.blocks.sharded import local
 from prl.train.layout import Layout
 from prl.train.logprobs import token_scores
 from prl.train.parallel.ranks import Ranks
-from prl.blocks.sharded import local
 from prl_adamw import AdamWConfig
 from prl_adamw.adamw import build as adamw
 from prl_glm5 import Glm51Config

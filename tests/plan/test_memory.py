@@ -33,9 +33,7 @@ def settings(shard: int = 1) -> Settings:
     per_byte, per_parameter = optimizer_bytes(lambda named: adamw(AdamWConfig(), named, 1e-3))
     return Settings(
         layout=Layout(shard=shard),
-        formats=Formats(
-            parameter=4, compute=4, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=4
-        ),
+        formats=Formats(parameter=4, compute=4, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=4),
         checkpointing="none",
         optimizer_offload=False,
         logprob_chunk=CHUNK,
@@ -93,9 +91,7 @@ def test_experts_are_divided_over_expert_ranks_first_then_over_the_rest() -> Non
 def test_checkpointing_keeps_a_row_a_layer_and_offload_moves_the_state_to_the_host() -> None:
     model = surveyed("qwen3")
     plain = memory(model, settings(), LENGTHS, sampled=1.0)
-    lean = memory(
-        model, attrs.evolve(settings(), checkpointing="full", optimizer_offload=True), LENGTHS, sampled=1.0
-    )
+    lean = memory(model, attrs.evolve(settings(), checkpointing="full", optimizer_offload=True), LENGTHS, sampled=1.0)
     layers = sum(len(kind.layers) for kind in model.kinds)
     row = sum(LENGTHS) * model.hidden_size * 4
     assert lean.kept < plain.kept
