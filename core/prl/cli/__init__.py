@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from prl import __version__
 from prl.cli import (
     audit,
+    bench,
     config,
     explain,
     launch,
@@ -32,20 +33,8 @@ from prl.cli import (
 from prl.errors import PrlError
 
 COMMANDS = (
-    launch,
-    status,
-    logs,
-    stop,
-    resume,
-    report,
-    audit,
-    explain,
-    simulate,
-    plan,
-    config,
-    plugins,
-    weights,
-    worker,
+    *(launch, status, logs, stop, resume, report, audit, explain, simulate),
+    *(plan, bench, config, plugins, weights, worker),
 )
 """In the order in which `prl --help` shows them."""
 
