@@ -277,3 +277,23 @@ def test_the_node_that_most_others_cannot_reach_is_to_blame() -> None:
     }
     problems = {host: examined.problems(5.0, 2) for host, examined in probes.items()}
     assert unreachable(probes, problems) == {"c": ["a cannot reach c (timed out); see run.network"]}
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+def test_a_sweep_is_a_job_array_over_its_folders() -> None:
+    plans = [attrs.evolve(PLAN, run_dir=RunDir(f"/shared/sweep/{name}")) for name in ("0-seed=0", "1-seed=1")]
+    lines = script.array(plans, SlurmConfig(venv="/v"), Path("/shared/sweep")).splitlines()
+    assert {"#SBATCH --array=0-1", "#SBATCH --job-name=sweep", "#SBATCH --output=/shared/sweep/slurm/%a.log"} <= set(
+        lines
+    )
+    assert lines[-1] == (
+        'exec /v/bin/python -m prl_slurm "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" /shared/sweep/slurm/runs)"'
+    )
+
+
+def test_what_an_array_cannot_be_is_refused() -> None:
+    larger = attrs.evolve(PLAN, groups=(GROUPS[0], attrs.evolve(GROUPS[1], nodes=2)))
+    with pytest.raises(UserError, match="different nodes"):
+        script.array([PLAN, larger], SlurmConfig(), RUN)
+    with pytest.raises(UserError, match="heterogeneous job cannot be an array"):
+        script.array([PLAN], SlurmConfig(allocation="heterogeneous"), RUN)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import attrs
 import pytest
+from prl.run_dir import RunDir
 
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.jobs import PATIENCE, TWO_TRAINER_NODES, command, launch
+from tests.slurm.jobs import PATIENCE, TWO_TRAINER_NODES, Job, command, launch
 
 THRESHOLD = 0.6
 """Share of vowels in what the policy says; it begins below a third of that, and passes it after some 20 steps."""
@@ -86,6 +87,20 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     assert (apart.checkpoint / "manifest.json").is_file()
     assert apart.dir.attempts() == [1]
     apart.audited()
+
+
+def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
+    edits = ("run.steps=3", "launcher.allocation=shared")
+    swept = command(slurm, tmp_path / "swept", *edits, words=["--sweep", "run.seed=1,2"])
+    assert swept.returncode == 0, swept.stderr
+    runs = [Job(dir=RunDir(tmp_path / "swept" / name), cluster=slurm, said="") for name in ("0-seed=1", "1-seed=2")]
+    until(lambda: not slurm.jobs("swept"), "the array did not end", PATIENCE)
+    assert [(run.state["status"], len(run.rl_steps)) for run in runs] == [("finished", 3)] * 2
+    assert runs[0].chain()[3] != runs[1].chain()[3]
+    assert [run.id.partition("_")[2] for run in runs] == ["0", "1"]
+    assert "COMPLETED" in runs[1].prl("status")
+    for run in runs:
+        run.audited()
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
