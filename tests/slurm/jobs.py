@@ -20,8 +20,8 @@ from prl.run_dir import RunDir
 from tests.end_to_end.live import ROOT, Run
 from tests.slurm.cluster import Cluster, until
 
-PATIENCE = 240.0
-"""Seconds; a step takes hundredths, and importing torch six times takes most of a minute on two busy cores."""
+PATIENCE = 600.0
+"""Seconds before a test gives up on a run: six processes import torch, maybe on two busy cores."""
 CONFIG = f"""
 extends = "{ROOT}/configs/functions.toml"
 plugins = ["slurm", "disk"]
