@@ -13,10 +13,25 @@ import sys
 from collections.abc import Sequence
 
 from prl import __version__
-from prl.cli import audit, config, explain, launch, logs, plugins, report, resume, simulate, status, stop, worker
+from prl.cli import (
+    audit,
+    config,
+    explain,
+    launch,
+    logs,
+    plan,
+    plugins,
+    report,
+    resume,
+    simulate,
+    status,
+    stop,
+    weights,
+    worker,
+)
 from prl.errors import PrlError
 
-COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, simulate, config, plugins, worker)
+COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, simulate, plan, config, plugins, weights, worker)
 """In the order in which `prl --help` shows them."""
 
 

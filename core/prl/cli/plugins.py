@@ -22,6 +22,7 @@ IMPORTED_BY = {
     ("model", "build"): "trainer, engine",
     ("model", "weights"): "trainer, engine",
     ("model", "render"): "environment",
+    ("model", "limits"): "prl launch",
     ("environment", "build"): "environment",
     ("scheduler", "build"): "controller",
     ("advantage", "build"): "controller",
@@ -32,6 +33,7 @@ IMPORTED_BY = {
     ("engine", "connect"): "controller, environment",
     ("weight_transport", "send"): "trainer",
     ("weight_transport", "receive"): "engine",
+    ("kernel", "build"): "trainer, engine",
     ("tracker", "build"): "controller",
     ("launcher", "build"): "launcher",
 }
@@ -117,7 +119,7 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
     from prl.compose.checks import unavailable
 
     provider = record.provider
-    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type == "Ref"}
+    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type in ("Ref", "Ref | None")}
     return {
         "kind": record.kind,
         "name": provider.name,
@@ -125,7 +127,9 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
         "unavailable": unavailable(provider, plugin),
         "replaces": provider.replaces,
         "imports": {
-            part: {"by": IMPORTED_BY[record.kind, part], "reference": reference} for part, reference in parts.items()
+            part: {"by": IMPORTED_BY[record.kind, part], "reference": reference}
+            for part, reference in parts.items()
+            if reference is not None
         },
         "fields": list(_fields(provider.config)),
     }

@@ -88,6 +88,11 @@ class WeightTransportConfig:
 
 
 @attrs.frozen(kw_only=True)
+class KernelConfig:
+    """Base of `[kernels.<seam>]` sections."""
+
+
+@attrs.frozen(kw_only=True)
 class TrackerConfig:
     """Base of `[[trackers]]` sections."""
 
@@ -196,6 +201,25 @@ class TrainerSection:
     compile: bool = option(False, help="compile every layer (torch.compile)")
     optimizer_offload: bool = option(False, help="keep the optimizer's state in host memory between steps")
     initial_weights: str = option("", help="folder with Hugging Face safetensors to start from; empty: random")
+    router_replay: Literal["auto", "on", "off"] = option(
+        "auto",
+        help="send every token to the experts the engine sent it to; auto: where the model has experts and the engine "
+        "reports them",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class KernelsSection:
+    """`[kernels]`: who computes an operation of the model, in trainer and embedded engine, if not plain torch."""
+
+    attend: KernelConfig | None = option(None, help="attention")
+    sparse_attend: KernelConfig | None = option(None, help="attention over selected tokens")
+    index_scores: KernelConfig | None = option(None, help="an indexer's score of every earlier token")
+    select_topk: KernelConfig | None = option(None, help="the tokens an indexer selects")
+    grouped_mm: KernelConfig | None = option(None, help="every expert's product with its own tokens")
+    dispatch: KernelConfig | None = option(None, help="tokens to their experts, and back")
+    ssd_scan: KernelConfig | None = option(None, help="Mamba-2's recurrence")
+    causal_conv: KernelConfig | None = option(None, help="Mamba-2's short convolution")
 
 
 @attrs.frozen(kw_only=True)
@@ -268,6 +292,7 @@ class Run:
     warmup: WarmupSection = option(attrs.Factory(WarmupSection), help="supervised start")
     trainer: TrainerSection = option(attrs.Factory(TrainerSection), help="trainer processes")
     quantization: QuantizationConfig = option(help="number formats")
+    kernels: KernelsSection = option(attrs.Factory(KernelsSection), help="other ways to compute")
     engine: EngineConfig = option(help="inference")
     weights: WeightTransportConfig = option(help="how weights reach the engines")
     evaluation: EvaluationSection = option(attrs.Factory(EvaluationSection), help="held-out tasks")
@@ -287,6 +312,7 @@ SECTION_KINDS: dict[type, str] = {
     QuantizationConfig: "quantization",
     EngineConfig: "engine",
     WeightTransportConfig: "weight_transport",
+    KernelConfig: "kernel",
     TrackerConfig: "tracker",
     LauncherConfig: "launcher",
 }

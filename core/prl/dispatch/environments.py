@@ -16,6 +16,7 @@ from prl.dispatch.change import Change
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.dispatch.verify import verify_group, verify_samples
 from prl.messages import Demonstrate, Demonstrations, GroupDone, RunGroup
+from prl.routes import Routing
 from prl.types import Group, Sample, TaskRef
 
 
@@ -38,10 +39,12 @@ class RemoteRunner:
     peer: bytes
     newest: Callable[[], int]
     """Newest policy version there is."""
+    routing: Routing | None = None
+    """Of the model whose routes are replayed."""
 
     async def run(self, request: RunGroup) -> Group:
         answer: GroupDone = await self.hub.request(self.peer, request)
-        verify_group(answer.group, request, self.newest())
+        verify_group(answer.group, request, self.newest(), self.routing)
         return answer.group
 
     async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:

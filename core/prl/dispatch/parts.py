@@ -40,6 +40,7 @@ from prl.messages import Hello, Role, RunGroup
 from prl.providers import Engine as EngineProvider
 from prl.providers import EngineClient, RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
+from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.supervise.casualties import condemn
 from prl.types import TaskRef
@@ -79,7 +80,9 @@ async def roll_call(hub: Hub, composition: Composition) -> dict[Role, list[tuple
 def local_runner(composition: Composition, run_dir: RunDir) -> GroupRunner | None:
     """The cheap environments, built in this process; None when there is none."""
     names = environment_names(composition, cheap=True)
-    return GroupRunner(composition, composition.run, run_dir.token(), environments=names) if names else None
+    if not names:
+        return None
+    return GroupRunner(composition, composition.run, run_dir.token(), columns=run_dir.columns, environments=names)
 
 
 # --- what the controller is made of -----------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ class Assembly:
             yield self._place(peer, hello)
 
     def _place(self, peer: bytes, hello: Hello) -> Place:
-        runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained)
+        runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained, replayed(self.composition))
         return Place(name=peer.decode(), runner=runner, environments=_names(hello.sizes))
 
     def _placed(self, engines: EnginePool) -> Callable[[RunGroup, str], None]:
