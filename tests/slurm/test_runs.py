@@ -103,22 +103,26 @@ def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
         run.audited()
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
-def test_the_time_limit_leads_to_a_cut_and_the_run_goes_on_in_its_next_turn(slurm: Cluster, tmp_path: Path) -> None:
-    timed = ("launcher.time='30'", "launcher.cut_seconds=100", "checkpoints.every=0")
-    run = launch(slurm, tmp_path / "timed", *ENDLESS, *timed)
+# --- turns ------------------------------------------------------------------------------------------------------------
+def test_a_run_goes_on_after_the_end_of_its_time_and_the_loss_of_its_first_node(slurm: Cluster, tmp_path: Path) -> None:
+    run = launch(slurm, tmp_path / "timed", *ENDLESS, "launcher.time='30'", "launcher.cut_seconds=100")
     run.until(lambda: len(run.rl_steps) >= 3, "it did not begin")
     slurm.command("scontrol", "update", f"jobid={run.id}", "timelimit=2")
     until(lambda: slurm.jobs("timed") == {run.id: "PENDING"}, f"it does not queue again: {run.tell()}", PATIENCE)
     assert run.state["status"] == "queued again"
+    cut = run.state["step"]
+    assert cut == run.steps[-1]["step"]  # no step is lost
     slurm.command("scontrol", "update", f"jobid={run.id}", "timelimit=30")
-    until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", PATIENCE)
-    assert slurm.jobs("timed") == {run.id: "RUNNING"}
-    cut = run.turns[1]["step"]
-    assert cut >= 3
-    run.until(lambda: run.state["step"] >= cut + 3, "it does not train on")
+    until(lambda: len(run.turns) == 2 and run.trains(), f"no second turn: {run.tell()}", PATIENCE)
+    assert run.turns[1]["step"] == cut
+
+    first = run.host("controller-0")
+    slurm.power_off(first)  # where the job's own process is: Slurm queues the job again
+    until(lambda: len(run.turns) == 3 and run.trains(), f"no third turn: {run.tell()}", PATIENCE)
+    assert run.host("controller-0") != first
+    assert run.turns[2]["step"] >= cut
     assert run.prl("stop").splitlines()[-1] == "stopped"
-    assert run.dir.attempts() == [1, 2]
+    assert run.dir.attempts() == [1, 2, 3]
     assert [line["step"] for line in run.steps] == list(range(1, run.state["step"] + 1))
     assert list(run.chain()) == list(range(run.state["step"] + 1))
     run.audited()
