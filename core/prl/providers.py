@@ -499,6 +499,11 @@ class HandingLauncher(ProcessLauncher, Protocol):
         """The run that `launch.json` says was handed over."""
 
 
+class SweepingLauncher(ProcessLauncher, Protocol):
+    def launch_all(self, plans: Sequence[LaunchPlan], folder: Path) -> int:
+        """The runs of a sweep at once, where the launcher has a way to; without it they go one after the other."""
+
+
 class RemoteRun(Protocol):
     """A run that another system keeps, as the command line asks for it from anywhere.
 
