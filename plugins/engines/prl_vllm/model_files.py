@@ -1,0 +1,78 @@
+"""The folder vLLM loads a run's model from: its config.json, no weights and no tokenizer. And what it must be sent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import attrs
+import torch
+from prl.blocks import precision
+from prl.errors import InfrastructureError
+from prl.providers import Model, NumberFormat, Renderer, Tokenizer, WeightMap
+from prl.rollout.tokenizer import load as load_tokenizer
+from prl.types import Manifest
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
+
+
+@attrs.frozen(kw_only=True)
+class Described:
+    """What the engine process knows of the model; vLLM has the model itself."""
+
+    name: str
+    tokenizer: Tokenizer
+    renderer: Renderer
+    hf_config: dict[str, object]
+    dtype: str
+    """vLLM's name of the serving dtype."""
+    shapes: dict[str, tuple[int, ...]]
+    """Name -> shape of every tensor that a version consists of."""
+
+
+def describe(composition: Composition) -> Described:
+    """From the config alone: the module is built without memory."""
+    run = composition.run
+    provider = cast(Model, composition.provider(run.model))
+    tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
+    weight_map: WeightMap = composition.load(provider.weights)(run.model, tokenizer.vocab_size)
+    number_format: NumberFormat = composition.build(run.quantization)
+    with torch.device("meta"):
+        module = composition.build(run.model, tokenizer.vocab_size)
+    precision.cast(module, number_format.serve_dtype, float32=provider.float32)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in module.state_dict().items():
+        for hf_name, part in weight_map.to_hf(name, tensor):
+            as_it_is = name.endswith(provider.float32)
+            sent = [(hf_name, part)] if as_it_is else number_format.export(hf_name, part)
+            shapes |= {sent_name: tuple(sent_part.shape) for sent_name, sent_part in sent}
+    return Described(
+        name=provider.name,
+        tokenizer=tokenizer,
+        renderer=composition.load(provider.render)(run.model, tokenizer),
+        hf_config=dict(weight_map.hf_config()),
+        dtype=str(number_format.serve_dtype).removeprefix("torch."),
+        shapes=shapes,
+    )
+
+
+def write(described: Described, folder: Path) -> Path:
+    """The folder, with what vLLM needs in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(described.hf_config, indent=2))
+    return folder
+
+
+def check(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
+    """InfrastructureError names what a version lacks, or has in another shape, or has too much."""
+    what = f"version {manifest.version} at {manifest.location}"
+    sent = {record.name: record.shape for record in manifest.tensors}
+    for name, shape in shapes.items():
+        if name not in sent:
+            raise InfrastructureError(f"{what} lacks {name}, which the model needs")
+        if tuple(sent[name]) != shape:
+            raise InfrastructureError(f"{what} has {name} of shape {tuple(sent[name])}, the model needs {shape}")
+    if strange := sent.keys() - shapes.keys():
+        raise InfrastructureError(f"{what} has {min(strange)}, which is no part of the model")
