@@ -91,7 +91,7 @@ class Engine:
         )
 
     async def generate(self, request: Request) -> Result:
-        """The finished request; cancelling aborts it. More members than vLLM decodes at once go in one after the other."""
+        """The finished request; cancelling aborts it. Members beyond what vLLM decodes at once follow later."""
         answers = []
         for first in range(0, request.n, self._sequences):
             n = min(self._sequences, request.n - first)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
 from prl.blocks import precision
-from prl.errors import InfrastructureError
+from prl.errors import InfrastructureError, UserError
 from prl.providers import Model, NumberFormat, Renderer, Tokenizer, WeightMap
 from prl.rollout.tokenizer import load as load_tokenizer
 from prl.types import Manifest
@@ -25,7 +26,7 @@ class Described:
     name: str
     tokenizer: Tokenizer
     renderer: Renderer
-    hf_config: dict[str, object]
+    hf_config: Mapping[str, Any]
     dtype: str
     """vLLM's name of the serving dtype."""
     shapes: dict[str, tuple[int, ...]]
@@ -58,11 +59,28 @@ def describe(composition: Composition) -> Described:
     )
 
 
-def write(described: Described, folder: Path) -> Path:
-    """The folder, with what vLLM needs in it."""
+def write(described: Described, folder: Path, *, length: int, cpu: bool) -> Path:
+    """The folder, with what vLLM needs in it to serve sequences of `length` tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(described.hf_config, indent=2))
+    config = _dense(described.hf_config, length) if cpu and "index_topk" in described.hf_config else described.hf_config
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def _dense(hf_config: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """A model with sparse attention for vLLM's CPU backend, which has none.
+
+    Attention that chooses `index_topk` tokens is dense attention where there are no more to choose from: then the model
+    is one of the DeepSeek-V3 family, whose loader ignores the indexers' weights. UserError for longer sequences.
+    """
+    chosen = hf_config["index_topk"]
+    if length > chosen:
+        raise UserError(
+            f"vLLM has no sparse attention on CPUs, and sequences of {length} tokens are longer than the {chosen} that "
+            "this model attends to: lower rollouts.sequence_length, raise model.index_top_k, or serve it on GPUs"
+        )
+    kept = {key: value for key, value in hf_config.items() if not key.startswith("index")}
+    return {**kept, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
 
 
 def check(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
+from aiohttp import web
+from aiohttp.typedefs import Handler
 from prl.errors import InfrastructureError
 from prl_torch_engine.server import application, listening
 
@@ -52,7 +54,9 @@ async def serve(context: EngineContext) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ended)
             tasks.create_task(_broken(engine))
-            async with listening(application(engine, described, context.token), context.host) as url:
+            app = application(engine, described, context.token)
+            app.add_routes([web.get("/weights/checksums", _checksums(engine))])
+            async with listening(app, context.host) as url:
                 await context.announce(url)
                 await asyncio.Event().wait()
 
@@ -71,11 +75,20 @@ async def _server(
         return
     run = context.composition.run
     cpu = vllm.on_cpu(run)
-    folder = model_files.write(described, context.run_dir.path / "engines" / str(context.index))
+    length = config.length or run.rollouts.sequence_length
+    folder = context.run_dir.path / "engines" / str(context.index)
+    model_files.write(described, folder, length=length, cpu=cpu)
     values = vllm.arguments(run, config, model=folder, dtype=described.dtype, cpu=cpu)
     environment = vllm.environment(config, cpu=cpu)
     async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
         yield server.api, server.ended()
+
+
+def _checksums(engine: Engine) -> Handler:
+    async def answer(http: web.Request) -> web.Response:
+        return web.json_response(await engine.read_back())
+
+    return answer
 
 
 async def _watched(api: VllmApi, url: str) -> None:

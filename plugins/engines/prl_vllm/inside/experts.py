@@ -1,4 +1,4 @@
-"""Mixtures of experts on vLLM's CPU backend in plain torch, for what its kernels do not compute: no gate, relu squared."""
+"""Experts on vLLM's CPU backend in plain torch, for what its kernels do not compute: no gate, relu squared."""
 
 from __future__ import annotations
 

@@ -58,6 +58,42 @@ def _rope() -> None:
     _wrap(RotaryEmbedding, "forward_cpu", around)
 
 
+# --- seeds ------------------------------------------------------------------------------------------------------------
+def _seeded_prefill() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def discarded(runner: Any) -> dict[int, Any]:
+        """Generators of requests whose token of this step will be thrown away."""
+        batch = runner.input_batch
+        (rows,) = runner.discard_request_mask.np[: batch.num_reqs].nonzero()
+        return {int(row): batch.generators[int(row)] for row in rows if int(row) in batch.generators}
+
+    def sampling(sample: Callable[..., Any]) -> Callable[..., Any]:
+        def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
+            states = [(generator, generator.get_state()) for generator in discarded(self).values()]
+            output = sample(self, *args, **kwargs)
+            for generator, state in states:
+                generator.set_state(state)
+            return output
+
+        return restoring
+
+    def bookkeeping(book: Callable[..., Any]) -> Callable[..., Any]:
+        def without_rewinding(self: Any, *args: Any, **kwargs: Any) -> Any:
+            batch, hidden = self.input_batch, discarded(self)
+            for row in hidden:
+                del batch.generators[row]
+            try:
+                return book(self, *args, **kwargs)
+            finally:
+                batch.generators.update(hidden)
+
+        return without_rewinding
+
+    _wrap(GPUModelRunner, "_sample", sampling)
+    _wrap(GPUModelRunner, "_bookkeeping_sync", bookkeeping)
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 def _experts_after_update() -> None:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -151,6 +187,14 @@ MENDS = (
         apply=_rope,
     ),
     Mend(
+        name="seeded_prefill",
+        where="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner._bookkeeping_sync",
+        symptom="the generator of a request with a seed is rewound by offset when a prompt is computed in parts, which a "
+        "CPU generator cannot do: the engine core ends",
+        until="_bookkeeping_sync rewinds by state where a generator has no offset",
+        apply=_seeded_prefill,
+    ),
+    Mend(
         name="experts_after_update",
         where="vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py: _setup_kernel",
         symptom="experts are packed for the kernel on the first load only: after a weight update they are garbage, "
@@ -161,7 +205,7 @@ MENDS = (
     Mend(
         name="expert_map",
         where="vllm/model_executor/layers/fused_moe/experts/cpu_moe.py: CPUUnquantizedExperts.apply",
-        symptom="the map from global to local experts is ignored: --enable-expert-parallel ends in a segmentation fault",
+        symptom="the map from global to local experts is ignored: with --enable-expert-parallel a segmentation fault",
         until="apply passes expert_map to its kernel",
         apply=_expert_map,
     ),

@@ -1,0 +1,54 @@
+"""The main job with vLLM in the place of the embedded engine: it learns, versions change in flight, nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.live import ROOT, Launched, launched, prl
+from tests.plugins.served_vllm import needs_vllm
+
+pytestmark = needs_vllm
+WARMUP, STEPS = 80, 30
+JOB = ROOT / "configs" / "spell_backward.toml"
+EDITS = (
+    'engine.type="vllm"',
+    "engine.sequences=128",
+    "model.layers=2",
+    "environments.0.parameters.max_word_len=3",
+    f"warmup.steps={WARMUP}",
+    f"run.steps={STEPS}",
+    "optimizer.learning_rate=1e-3",
+    "evaluation.every=15",
+    "evaluation.tasks=128",
+)
+"""Words of three letters, a smaller model: enough is learnt in thirty steps."""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder: Path = tmp_path_factory.mktemp("vllm_job") / "run"
+    with launched(JOB, folder, *EDITS, words=("--plugins", "vllm")) as run:
+        code, output = run.end(patience=600.0)
+    assert code == 0, output
+    return run
+
+
+def test_it_learns_beyond_the_warm_up(job: Launched) -> None:
+    accuracy = [line["eval/spell_backward/accuracy"] for line in job.lines if line["phase"] == "eval"]
+    assert accuracy[-1] > accuracy[0] + 0.1
+
+
+def test_tokens_are_sampled_across_updates_and_no_request_is_lost(job: Launched) -> None:
+    audit = prl("audit", str(job.dir.path))
+    assert audit.returncode == 0, audit.stdout
+    assert max(line["staleness/max"] for line in job.rl_steps) == 1
+    assert any(len(rollout["versions"]) > 1 for rollout in job.rollouts)
+    assert [line["step"] for line in job.steps] == list(range(1, WARMUP + STEPS + 1))
+
+
+def test_engine_and_trainer_agree_on_fresh_tokens(job: Launched) -> None:
+    fresh = [line["mismatch/k3_fresh"] for line in job.lines if "mismatch/k3_fresh" in line]
+    assert fresh
+    assert max(fresh) < 1e-6
