@@ -189,8 +189,8 @@ MENDS = (
     Mend(
         name="seeded_prefill",
         where="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner._bookkeeping_sync",
-        symptom="the generator of a request with a seed is rewound by offset when a prompt is computed in parts, which a "
-        "CPU generator cannot do: the engine core ends",
+        symptom="where a prompt is computed in parts, the generator of a request with a seed is rewound by offset, "
+        "which CPU generators cannot do: the engine core ends",
         until="_bookkeeping_sync rewinds by state where a generator has no offset",
         apply=_seeded_prefill,
     ),
