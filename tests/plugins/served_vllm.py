@@ -110,6 +110,8 @@ class Served:
     token: str
     stopped: Callable[[], int]
     """Tell the engine process to stop; its exit code."""
+    ended: Callable[[], int]
+    """Wait until the engine process ends by itself, and raise what it ended with."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.background.run(work)
@@ -190,6 +192,9 @@ def serving(folder: Path, *edits: str, plugins: str = "vllm") -> Iterator[Served
             await hub.send(peer, Stop())
         return int(await engine)
 
+    async def end() -> int:
+        return int(await engine)
+
     async def down() -> None:
         await asyncio.wait({engine, asyncio.create_task(stop())}, timeout=60)
         await client.aclose()
@@ -205,6 +210,7 @@ def serving(folder: Path, *edits: str, plugins: str = "vllm") -> Iterator[Served
             url=hello.url,
             token=run_dir.token(),
             stopped=lambda: background.run(stop()),
+            ended=lambda: background.run(end()),
         )
     finally:
         background.run(down())

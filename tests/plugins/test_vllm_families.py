@@ -56,3 +56,9 @@ def test_the_mismatch_of_fresh_tokens_is_float_noise_after_every_update(family: 
         sent = {record.name: record.checksum for record in manifest.tensors}
         ignored = {name for name in sent if any(part in name for part in chosen.ignored)}
         assert engine.get("/weights/checksums") == {name: sent[name] for name in sent.keys() - ignored}
+
+
+def test_it_stops_when_told(family: tuple[Family, Served]) -> None:
+    """The last test with each server: it is gone afterwards."""
+    _, engine = family
+    assert engine.stopped() == 0
