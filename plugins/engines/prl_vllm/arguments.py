@@ -34,7 +34,7 @@ def arguments(run: Run, config: VllmConfig, *, model: Path, dtype: str, cpu: boo
         **({"kv_cache_memory_bytes": kv_cache} if kv_cache else {}),
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,
-        "enable_scale_out": True,
+        **({"enable_scale_out": True} if "enable_scale_out" in release.arguments() else {}),
         "disable_uvicorn_access_log": True,
     }
 

@@ -15,7 +15,8 @@ class Door:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._inside = 0
-        self._open = True
+        self._opening = asyncio.Event()
+        self._opening.set()
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._busy = 0.0
         self._since = 0.0
@@ -42,12 +43,16 @@ class Door:
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
         """Those inside stay there."""
-        self._open = False
+        self._opening.clear()
         try:
             yield
         finally:
-            self._open = True
+            self._opening.set()
             self._admit()
+
+    async def opened(self) -> None:
+        """Wait until it is open."""
+        await self._opening.wait()
 
     async def _enter(self, n: int) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -70,7 +75,7 @@ class Door:
         self._admit()
 
     def _admit(self) -> None:
-        while self._open and self._queue and self._inside + self._queue[0][0] <= self._capacity:
+        while self._opening.is_set() and self._queue and self._inside + self._queue[0][0] <= self._capacity:
             n, turn = self._queue.popleft()
             if not self._inside:
                 self._since = time.monotonic()

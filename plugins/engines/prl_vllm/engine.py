@@ -28,6 +28,7 @@ from prl_torch_engine.requests import Progress, Request, Result, checked
 from prl_vllm.api import Answer, Ask, RefusedByVllmError, VllmApi
 from prl_vllm.door import Door
 from prl_vllm.model_files import check
+from prl_vllm.segments import in_segments
 
 POLL_SECONDS = 0.02
 """Between two looks at a version that is being fetched; each look takes the place of part of a step."""
@@ -46,11 +47,15 @@ class Engine:
         vocab_size: int,
         sequences: int,
         recompute: bool,
+        tells_versions: bool,
     ) -> None:
         self._api = api
         self._run_dir = run_dir
         self._shapes = shapes
         self._recompute = recompute
+        self._tells_versions = tells_versions
+        self._aborted: set[str] = set()
+        """Requests that somebody wants to end; only on releases where weight updates abort them too."""
         self._door = Door(sequences)
         self._sequences = sequences
         self._staged: int | None = None
@@ -97,8 +102,28 @@ class Engine:
             n = min(self._sequences, request.n - first)
             with _refusals():
                 async with self._door.inside(n):
-                    answers.append(await self._api.generate(self._ask(request, first, n)))
+                    answers.append(await self._answer(self._ask(request, first, n)))
         return _result(request, answers)
+
+    async def _answer(self, ask: Ask) -> Answer:
+        if self._tells_versions:
+            return await self._api.generate(ask)
+        try:
+            return await in_segments(ask, self._send, self._aborted)
+        finally:
+            self._aborted.discard(ask.request_id)
+
+    async def _send(self, ask: Ask) -> Answer:
+        """Within one version, which is then known; asked again when it is not."""
+        while True:
+            await self._door.opened()
+            version, updates = self.version, self._updates
+            answer = await self._api.generate(attrs.evolve(ask, salt=_salt(version)))
+            changes = self._updates - updates
+            if not changes or (changes == 1 and any(c.stop is StopReason.ABORT for c in answer.completions)):
+                break  # else it may have waited inside vLLM while weights changed
+        marked = (attrs.evolve(c, versions=np.full(len(c.tokens), version, np.int32)) for c in answer.completions)
+        return attrs.evolve(answer, completions=tuple(marked))
 
     def _ask(self, request: Request, first: int, n: int) -> Ask:
         sampling = attrs.evolve(request.sampling, seed=request.sampling.seed + first)
@@ -112,7 +137,7 @@ class Engine:
             sampling=attrs.evolve(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most)),
             n=n,
             stop=request.stop,
-            salt=f"version-{self.version}",
+            salt=_salt(self.version),
         )
 
     @contextmanager
@@ -146,6 +171,8 @@ class Engine:
 
     async def abort(self, request_id: str) -> bool:
         """End a request: whoever waits for it gets the tokens so far."""
+        if not self._tells_versions:
+            self._aborted.add(request_id)
         await self._api.abort(request_id)
         return True
 
@@ -201,13 +228,14 @@ class Engine:
 
     async def _swap(self, version: int) -> None:
         self._staged = None
-        await self._api.pause(clear_cache=self._recompute)
+        await self._api.pause(clear_cache=self._recompute, keep=self._tells_versions)
         try:
             await self._api.call("prl_commit", version=version)
         except InfrastructureError as error:
             await self._undo(version, error)
         else:
-            await self._api.set_version(version)
+            if self._tells_versions:
+                await self._api.set_version(version)
             self.version = version
             self._updates += 1
         if not self._paused:
@@ -255,6 +283,11 @@ class Engine:
             "busy_seconds": self._door.busy_seconds,
             "updates": self._updates,
         }
+
+
+def _salt(version: int) -> str:
+    """Prompts share what was computed for them under one version."""
+    return f"version-{version}"
 
 
 def _cut_short(tokens: Int32) -> Completion:

