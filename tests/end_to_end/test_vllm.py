@@ -10,20 +10,17 @@ from tests.end_to_end.live import ROOT, Launched, launched, prl
 from tests.plugins.served_vllm import needs_vllm
 
 pytestmark = needs_vllm
-WARMUP, STEPS = 80, 30
+WARMUP, STEPS = 80, 50
 JOB = ROOT / "configs" / "spell_backward.toml"
 EDITS = (
     'engine.type="vllm"',
     "engine.sequences=128",
-    "model.layers=2",
     "environments.0.parameters.max_word_len=3",
     f"warmup.steps={WARMUP}",
     f"run.steps={STEPS}",
-    "optimizer.learning_rate=1e-3",
-    "evaluation.every=15",
-    "evaluation.tasks=128",
+    "evaluation.every=25",
 )
-"""Words of three letters, a smaller model: enough is learnt in thirty steps."""
+"""Words of three letters: enough is learnt in fifty steps."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +34,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 def test_it_learns_beyond_the_warm_up(job: Launched) -> None:
     accuracy = [line["eval/spell_backward/accuracy"] for line in job.lines if line["phase"] == "eval"]
-    assert accuracy[-1] > accuracy[0] + 0.1
+    assert accuracy[-1] > accuracy[0] + 0.05
 
 
 def test_tokens_are_sampled_across_updates_and_no_request_is_lost(job: Launched) -> None:

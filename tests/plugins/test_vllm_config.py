@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import attrs
@@ -86,3 +87,71 @@ def test_the_environment_of_the_config_comes_last() -> None:
     run = composed('engine.environment.OMP_NUM_THREADS="3"').run
     assert isinstance(run.engine, VllmConfig)
     assert environment(run.engine, cpu=True)["OMP_NUM_THREADS"] == "3"
+
+
+GPUS = ('trainer.device="cuda"',)
+
+
+@pytest.mark.parametrize(
+    ("edits", "sentence"),
+    [
+        (("engine.parallel.experts=true",), "divides experts over one device"),
+        (("engine.parallel.redundant_experts=8",), "redundant_experts needs engine.parallel.experts = true"),
+        (
+            ('engine.parallel.all_to_all="flashinfer_nvlink_two_sided"', "engine.parallel.tensor=8"),
+            "needs engine.parallel.experts = true",
+        ),
+        (
+            (
+                'engine.parallel.all_to_all="deepep_low_latency"',
+                "engine.parallel.experts=true",
+                "engine.parallel.data=8",
+            ),
+            "needs DeepEP (module deep_ep)",
+        ),
+        (('engine.kv_tiers.disk="kv"',), "set engine.kv_tiers.host_bytes too"),
+        (("engine.kv_tiers.host_bytes=1024", "engine.prefix_caching=false"), "needs engine.prefix_caching = true"),
+    ],
+)
+def test_rules_between_parallelism_and_tiers(
+    monkeypatch: pytest.MonkeyPatch, edits: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    assert sentence in refusal(*GPUS, *edits)
+
+
+@pytest.mark.parametrize(
+    "edit", ["engine.fp8.weights=true", "engine.fp8.kv_cache=true", "engine.kv_tiers.host_bytes=9"]
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(edit: str) -> None:
+    assert "needs a GPU" in refusal('trainer.device="cpu"', edit)
+
+
+@pytest.mark.parametrize(("engines", "gpus"), [(4, 32), (8, 64)])
+def test_an_engine_of_eight_gpus_becomes_one_command_line(
+    monkeypatch: pytest.MonkeyPatch, engines: int, gpus: int
+) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    run = composed(
+        *GPUS,
+        f"engine.count={engines}",
+        "engine.parallel.data=8",
+        "engine.parallel.experts=true",
+        "engine.parallel.redundant_experts=16",
+        "engine.fp8.weights=true",
+        "engine.kv_tiers.host_bytes=1024",
+        'engine.kv_tiers.disk="kv"',
+    ).run
+    assert isinstance(run.engine, VllmConfig)
+    assert run.engine.count * run.engine.gpus == gpus
+    words = list(command_line(arguments(run, run.engine, model=Path("m"), dtype="bfloat16", cpu=False)))
+    pairs = dict(zip(words, [*words[1:], ""], strict=True))
+    assert (pairs["--tensor-parallel-size"], pairs["--data-parallel-size"]) == ("1", "8")
+    assert pairs["--all2all-backend"] == "allgather_reducescatter"
+    assert json.loads(pairs["--eplb-config"]) == {"num_redundant_experts": 16}
+    assert pairs["--quantization"] == "fp8"
+    connector = json.loads(pairs["--kv-transfer-config"])
+    assert connector["kv_connector"] == "OffloadingConnector"
+    assert connector["kv_connector_extra_config"]["secondary_tiers"] == [{"type": "fs", "root_dir": "kv"}]
+    assert {"--enable-expert-parallel", "--enable-eplb"} <= set(words)
+    assert environment(run.engine, cpu=False)["VLLM_USE_DEEP_GEMM"] == "1"

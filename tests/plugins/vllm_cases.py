@@ -60,6 +60,7 @@ class Model:
             enforce_eager=True,
             kv_cache_memory_bytes=64 << 20,
             distributed_executor_backend="uni",
+            **({"attention_backend": "CPU_MLA"} if described.latent else {}),
             **options,
         )
         self.worker = self.llm.llm_engine.model_executor.driver_worker.worker

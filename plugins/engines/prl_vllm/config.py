@@ -10,6 +10,41 @@ from attrs import validators
 from prl import option
 from prl.compose.config import EngineConfig, not_negative, positive
 
+AllToAll = Literal[
+    "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency", "flashinfer_nvlink_two_sided"
+]
+"""How tokens reach the devices of their experts; DeepEP's first kind is for prefill, its second for decoding."""
+
+
+@attrs.frozen(kw_only=True)
+class Parallel:
+    """`[engine.parallel]`: how the devices of one engine share the model."""
+
+    tensor: int = option(1, help="devices that share every matrix", validator=positive)
+    data: int = option(1, help="copies of the attention, each with sequences of its own", validator=positive)
+    experts: bool = option(False, help="each device has some experts whole, instead of a part of every expert")
+    all_to_all: AllToAll = option("allgather_reducescatter", help="how tokens reach the devices of their experts")
+    redundant_experts: int = option(
+        0, help="copies of much used experts, placed anew as use changes (EPLB)", validator=not_negative
+    )
+
+
+@attrs.frozen(kw_only=True)
+class KvTiers:
+    """`[engine.kv_tiers]`: where keys and values go that the devices have no room for."""
+
+    host_bytes: int = option(0, help="host memory for them; 0: none", validator=not_negative)
+    disk: str = option("", help="folder behind the host memory; empty: none")
+
+
+@attrs.frozen(kw_only=True)
+class Fp8:
+    """`[engine.fp8]`: what is computed in 8-bit floating point, quantised by vLLM as weights arrive."""
+
+    weights: bool = option(False, help="linear layers and experts")
+    kv_cache: bool = option(False, help="keys and values")
+    deep_gemm: bool = option(True, help="DeepGEMM's kernels, where the device has them")
+
 
 @attrs.frozen(kw_only=True)
 class VllmConfig(EngineConfig):
@@ -36,6 +71,9 @@ class VllmConfig(EngineConfig):
     prefix_caching: bool = option(
         True, help="prompts reuse what others computed under the same policy version, where the model allows it"
     )
+    parallel: Parallel = option(attrs.Factory(Parallel), help="devices of one engine")
+    kv_tiers: KvTiers = option(attrs.Factory(KvTiers), help="room for keys and values beyond the devices'")
+    fp8: Fp8 = option(attrs.Factory(Fp8), help="8-bit serving")
     options: Mapping[str, Any] = option(
         attrs.Factory(dict), help="any other argument of vLLM's server, under its Python name; tables become JSON"
     )
@@ -46,3 +84,8 @@ class VllmConfig(EngineConfig):
         (), help="URLs of vLLM servers that run already, one for each engine; empty: they are started (docs/vllm.md)"
     )
     startup: float = option(900.0, help="seconds a server has to start", validator=positive)
+
+    @property
+    def gpus(self) -> int:
+        """Devices of one engine."""
+        return self.parallel.tensor * self.parallel.data

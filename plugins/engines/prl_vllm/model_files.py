@@ -32,6 +32,11 @@ class Described:
     shapes: dict[str, tuple[int, ...]]
     """Name -> shape of every tensor that a version consists of."""
 
+    @property
+    def latent(self) -> bool:
+        """Keys and values are kept as latents (MLA)."""
+        return "kv_lora_rank" in self.hf_config
+
 
 def describe(composition: Composition) -> Described:
     """From the config alone: the module is built without memory."""

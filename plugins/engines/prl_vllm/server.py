@@ -79,7 +79,7 @@ async def _server(
     length = config.length or run.rollouts.sequence_length
     folder = context.run_dir.path / "engines" / str(context.index)
     model_files.write(described, folder, length=length, cpu=cpu)
-    values = vllm.arguments(run, config, model=folder, dtype=described.dtype, cpu=cpu)
+    values = vllm.arguments(run, config, model=folder, dtype=described.dtype, cpu=cpu, latent=described.latent)
     environment = vllm.environment(config, cpu=cpu)
     async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
         yield server.api, server.ended()

@@ -56,17 +56,17 @@ class Loader:
         """Every tensor's loader replaced by `change(layer, name, tensor, loader)`; put back afterwards."""
         from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-        replaced: list[tuple[Tensor, Callable[..., Any] | None]] = []
+        replaced: dict[int, tuple[Tensor, Callable[..., Any] | None]] = {}  # modules share tensors
         for layer in self.model.modules():
             for name, tensor in {**layer._parameters, **layer._buffers}.items():
-                if tensor is not None:
+                if tensor is not None and id(tensor) not in replaced:
                     before = getattr(tensor, "weight_loader", None)
-                    replaced.append((tensor, before))
+                    replaced[id(tensor)] = (tensor, before)
                     tensor.weight_loader = change(layer, name, tensor, before or default_weight_loader)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            for tensor, before in reversed(replaced):
+            for tensor, before in replaced.values():
                 if before is not None:
                     tensor.weight_loader = before  # type: ignore[attr-defined]
                 else:

@@ -35,7 +35,7 @@ def apply(without: frozenset[str] = frozenset()) -> None:
             mend.apply()
 
 
-def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace `owner.name` by `around(owner.name)`, once."""
     original = getattr(owner, name)
     if not hasattr(original, "mended_by_prl"):
@@ -55,7 +55,7 @@ def _rope() -> None:
 
         return forward_cpu
 
-    _wrap(RotaryEmbedding, "forward_cpu", around)
+    wrap(RotaryEmbedding, "forward_cpu", around)
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def _seeded_prefill() -> None:
 
         return without_rewinding
 
-    _wrap(GPUModelRunner, "_sample", sampling)
-    _wrap(GPUModelRunner, "_bookkeeping_sync", bookkeeping)
+    wrap(GPUModelRunner, "_sample", sampling)
+    wrap(GPUModelRunner, "_bookkeeping_sync", bookkeeping)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def _experts_after_update() -> None:
 
         return setup_kernel
 
-    _wrap(UnquantizedFusedMoEMethod, "_setup_kernel", around)
+    wrap(UnquantizedFusedMoEMethod, "_setup_kernel", around)
 
 
 def _expert_map() -> None:
@@ -125,7 +125,7 @@ def _expert_map() -> None:
 
         return apply
 
-    _wrap(CPUUnquantizedExperts, "apply", around)
+    wrap(CPUUnquantizedExperts, "apply", around)
 
 
 _APPLY = (
@@ -173,8 +173,8 @@ def _experts_without_gate() -> None:
 
         return classes
 
-    _wrap(config.FusedMoEConfig, "__post_init__", tolerate)
-    _wrap(unquantized, "backend_to_kernel_cls", extend)
+    wrap(config.FusedMoEConfig, "__post_init__", tolerate)
+    wrap(unquantized, "backend_to_kernel_cls", extend)
 
 
 MENDS = (

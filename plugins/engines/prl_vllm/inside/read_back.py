@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import attrs
@@ -99,9 +100,12 @@ def _placements(loader: Loader, tensors: Mapping[str, Tensor]) -> dict[str, list
         attributes = {key: value for key, value in tensor.__dict__.items() if key != "weight_loader"}
 
         @wraps(load)
-        def noting(given: Tensor, loaded: Tensor, *args: Any, **kwargs: Any) -> bool:
+        def noting(*args: Any, **kwargs: Any) -> bool:
+            given = signature(original).bind(*args, **kwargs).arguments
+            parameter_word, tensor_word, *_ = given
+
             def again(into: Tensor, what: Tensor) -> Any:
-                return original(into, what, *args, **kwargs)
+                return original(**{**given, parameter_word: into, tensor_word: what})
 
             placed[current].append(Placed(layer, parameter, again, tensor.shape, type(tensor), attributes))
             return True
@@ -128,7 +132,7 @@ def unpacked(layer: nn.Module, parameter: str, shape: torch.Size) -> Tensor:
         return _through_kernel(layer, shape)
     isa = _packing(layer)
     if isa and parameter in ("w13_weight", "w2_weight"):
-        return _unpack(kept, isa)
+        return _unpack(kept, isa, shape)
     if kept.shape != shape:
         raise RuntimeError(
             f"{type(layer).__name__}.{parameter} is served as {tuple(kept.shape)}, loaded as {tuple(shape)}"
@@ -149,13 +153,13 @@ def _packing(layer: nn.Module) -> str:
     return getattr(experts, "isa", "") if getattr(experts, "packed", True) else ""
 
 
-def _unpack(kept: Tensor, isa: str) -> Tensor:
+def _unpack(kept: Tensor, isa: str, shape: torch.Size) -> Tensor:
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    if kept.numel() >= PACK_LIMIT:
-        raise RuntimeError(f"{kept.numel()} packed elements; at most {PACK_LIMIT} can be read back")
-    numbers = torch.arange(kept.numel(), dtype=torch.float32).reshape(kept.shape)
+    if kept.numel() != shape.numel() or kept.numel() >= PACK_LIMIT:
+        raise RuntimeError(f"{kept.numel()} packed elements cannot be read back: padded, or {PACK_LIMIT} or more")
+    numbers = torch.arange(kept.numel(), dtype=torch.float32).reshape(shape)
     places = cpu_prepack_moe_weight(numbers, isa).flatten().long()
     flat = torch.empty(kept.numel(), dtype=kept.dtype)
     flat[places] = kept.flatten()
-    return flat.reshape(kept.shape)
+    return flat.reshape(shape)
