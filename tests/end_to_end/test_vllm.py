@@ -27,7 +27,7 @@ EDITS = (
 def job(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder: Path = tmp_path_factory.mktemp("vllm_job") / "run"
     with launched(JOB, folder, *EDITS, words=("--plugins", "vllm")) as run:
-        code, output = run.end(patience=600.0)
+        code, output = run.end(patience=1500.0)
     assert code == 0, output
     return run
 

