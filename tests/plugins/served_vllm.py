@@ -20,6 +20,7 @@ import pytest
 import torch
 from prl.blocks.context import Context
 from prl.blocks.linear import linear
+from prl.blocks.routing import RouteLog
 from prl.compose.compose import Composition, compose, create_run
 from prl.dispatch.hub import Hub
 from prl.messages import Stop
@@ -75,6 +76,7 @@ class Trainer:
             number_format=composition.build(run.quantization),
             sender=self.sender,
             float32=provider.float32,  # type: ignore[attr-defined]
+            unquantized=provider.unquantized,  # type: ignore[attr-defined]
         )
 
     def change(self, seed: int) -> None:
@@ -98,6 +100,16 @@ class Trainer:
         values: np.ndarray = rows.gather(1, sequence[len(prompt) :, None])[:, 0].numpy()
         return values
 
+    @torch.no_grad()
+    def chosen(self, tokens: list[int]) -> dict[str, np.ndarray]:
+        """Layer -> [tokens, K] the experts that the trainer's routers choose."""
+        log = RouteLog(chosen={})
+        context = Context.packed(torch.tensor([0, len(tokens)]))
+        context.routes = log
+        self.model.hidden(torch.tensor(tokens), context)  # type: ignore[operator]
+        assert log.chosen is not None
+        return {f"layers.{layer}": experts.numpy() for layer, experts in log.chosen.items()}
+
 
 @attrs.frozen(kw_only=True)
 class Served:
@@ -120,6 +132,11 @@ class Served:
         self, prompt: list[int], *, n: int = 1, stop: tuple[int, ...] = (), **sampling: Any
     ) -> list[Completion]:
         return self.run(self.client.generate(prompt, Sampling(**sampling), stop=stop, n=n))
+
+    def routed(self, prompt: list[int], *, n: int = 1, routes_from: int = 0, **sampling: Any) -> list[Completion]:
+        """Completions with the experts their tokens were sent to."""
+        asked = self.client.generate(prompt, Sampling(**sampling), stop=(), n=n, routes_from=routes_from)
+        return self.run(asked)
 
     def publish(self, version: int, seed: int) -> Manifest:
         """New weights, served."""

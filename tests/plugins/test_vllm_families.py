@@ -58,6 +58,29 @@ def test_the_mismatch_of_fresh_tokens_is_float_noise_after_every_update(family: 
         assert engine.get("/weights/checksums") == {name: sent[name] for name in sent.keys() - ignored}
 
 
+def test_experts_are_those_the_trainer_would_choose(family: tuple[Family, Served]) -> None:
+    """Prompt and completion, siblings and a later turn included."""
+    _, engine = family
+    version = int(engine.statistics()["version"])
+    (prompt,) = engine.prompts(150, seed=5)
+    for completion in engine.routed(prompt, n=2, max_tokens=20, seed=3):
+        routes = completion.routes
+        assert routes is not None
+        tokens = [*prompt, *completion.tokens.tolist()]
+        assert (routes.start, len(routes.versions)) == (0, len(tokens) - 1)
+        assert set(routes.versions.tolist()) == {version}
+        chosen = engine.trainer.chosen(tokens)
+        assert chosen
+        for layer, expected in chosen.items():
+            reported = routes.experts[:, routes.layers.index(layer)]
+            agree = np.sort(reported, 1) == np.sort(expected[:-1], 1)
+            assert agree.all(1).mean() > 0.99  # near ties may go either way
+    longer = [*prompt, *completion.tokens.tolist()]
+    (later,) = engine.routed(longer, routes_from=160, max_tokens=4, seed=4)
+    assert later.routes is not None
+    assert (later.routes.start, len(later.routes.versions)) == (160, len(longer) + 4 - 1 - 160)
+
+
 def test_it_stops_when_told(family: tuple[Family, Served]) -> None:
     """The last test with each server: it is gone afterwards."""
     _, engine = family

@@ -150,23 +150,6 @@ def _fields(config: type, prefix: str = "") -> Iterator[dict[str, Any]]:
 def _field(field: attrs.Attribute[Any], default: Any, prefix: str) -> dict[str, Any]:
     return {
         "name": f"{prefix}{field.alias}",
-        "fields": [described for field in attrs.fields(provider.config) for described in _fields(field)],
-    }
-
-
-def _fields(field: attrs.Attribute[Any], within: str = "") -> Iterator[dict[str, Any]]:
-    """A field, or those of a table within the section."""
-    if not field.init:
-        return
-    default: Any = field.default
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        default = "..." if default.takes_self else default.factory()
-    if attrs.has(type(default)):
-        for inner in attrs.fields(type(default)):
-            yield from _fields(inner, within=f"{within}{field.alias}.")
-        return
-    yield {
-        "name": f"{within}{field.alias}",
         "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
         "default": None if default is attrs.NOTHING else repr(default),
         "help": field.metadata.get("help", ""),

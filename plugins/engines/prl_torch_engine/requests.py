@@ -44,6 +44,7 @@ def checked(
     stop: tuple[int, ...],
     session: str = "",
     request_id: str = "",
+    routes_from: int | None = None,
     streaming: bool = False,
 ) -> Request:
     """A request that an engine whose sequences have at most `length` tokens can serve; RefusedError says why not."""
@@ -64,6 +65,7 @@ def checked(
         n=n,
         stop=stop,
         session=session,
+        routes_from=routes_from,
         streaming=streaming,
     )
 

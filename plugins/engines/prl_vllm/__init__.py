@@ -28,6 +28,7 @@ def prl_engines() -> Iterable[Engine]:
         requires=("vllm",),
         serve="prl_vllm.server:serve",
         connect="prl_torch_engine.client:connect",
+        reports_routes=True,
     )
 
 

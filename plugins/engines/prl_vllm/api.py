@@ -5,6 +5,8 @@ The shapes of requests and answers are those of the releases in `release.SUPPORT
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import aiohttp
 import attrs
 import numpy as np
 from prl.errors import InfrastructureError
-from prl.types import Completion, Int32, Sampling, StopReason
+from prl.types import Completion, Int32, Routes, Sampling, StopReason
 
 CONNECT_SECONDS = 10.0
 ID_PREFIX = "generate-tokens-"
@@ -32,6 +34,10 @@ class Ask:
     stop: Sequence[int]
     salt: str
     """Prompts share what was computed for them only under equal salts."""
+    version: int = -1
+    """Served when it was sent."""
+    routes_from: int | None = None
+    """The first token whose routes are wanted; None: none are."""
 
 
 @attrs.frozen(kw_only=True)
@@ -63,7 +69,7 @@ class VllmApi:
         usage = answer["usage"]
         details = usage.get("prompt_tokens_details") or {}
         return Answer(
-            completions=tuple(_completion(choice) for choice in choices),
+            completions=tuple(_completion(choice, ask) for choice in choices),
             prompt_tokens=usage["prompt_tokens"],
             reused_tokens=details.get("cached_tokens") or 0,
         )
@@ -177,6 +183,27 @@ def _sentence(text: str) -> str:
         return text
 
 
+def routes(choice: Mapping[str, Any], ask: Ask, completion: Completion) -> Routes | None:
+    """Of the tokens from `ask.routes_from` on, as far as the server says; None when it says nothing.
+
+    A row is of the version that was served when its token was computed: a sampled token is computed where the next one
+    is sampled; the prompt under the version it was sent to, if the first token was sampled under that one too.
+    """
+    if not choice.get("routed_experts"):
+        return None
+    experts = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
+    whole = np.full(len(ask.prompt) + len(completion.tokens) - 1, -1, np.int32)
+    whole[len(ask.prompt) :] = completion.versions[1:]
+    if len(completion.tokens) and completion.versions[0] == ask.version:
+        whole[: len(ask.prompt)] = ask.version
+    start = len(whole) - len(experts)
+    if not 0 <= start <= (ask.routes_from or 0):
+        raise InfrastructureError(f"vLLM reports routes of {len(experts)} tokens where {len(whole)} were computed")
+    skipped = (ask.routes_from or 0) - start
+    layers = tuple(f"layers.{index}" for index in range(experts.shape[1]))
+    return Routes(layers=layers, experts=experts[skipped:], versions=whole[start + skipped :], start=start + skipped)
+
+
 def _generate_body(ask: Ask) -> dict[str, Any]:
     sampling = ask.sampling
     return {
@@ -193,14 +220,16 @@ def _generate_body(ask: Ask) -> dict[str, Any]:
             "ignore_eos": True,  # the renderer's stop tokens are all there are
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
+            **({"routed_experts_prompt_start": ask.routes_from} if ask.routes_from else {}),
         },
     }
 
 
-def _completion(choice: Mapping[str, Any]) -> Completion:
+def _completion(choice: Mapping[str, Any], ask: Ask) -> Completion:
     member = _Member()
     member.add(choice)
-    return member.completion()
+    completion = member.completion()
+    return completion if ask.routes_from is None else attrs.evolve(completion, routes=routes(choice, ask, completion))
 
 
 @attrs.define

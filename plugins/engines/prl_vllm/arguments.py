@@ -11,18 +11,18 @@ from prl.compose.config import Run
 
 from prl_vllm import release
 from prl_vllm.config import KvTiers, Parallel, VllmConfig
-from prl_vllm.inside import SWITCH
+from prl_vllm.inside import ROUTES, SWITCH
 
 CPU_KV_CACHE_BYTES = 256 << 20
 EXTENSION = "prl_vllm.inside.worker.Extension"
 
 
 def arguments(
-    run: Run, config: VllmConfig, *, model: Path, dtype: str, cpu: bool, latent: bool = False
+    run: Run, config: VllmConfig, *, model: Path, dtype: str, cpu: bool, latent: bool = False, routes: bool = False
 ) -> dict[str, Any]:
     """Python name -> value of every argument but the address; `engine.options` may override defaults, not decisions.
 
-    `latent`: the model has multi-head latent attention.
+    `latent`: the model has multi-head latent attention. `routes`: expert choices are reported.
     """
     kv_cache = config.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else 0)
     return {
@@ -33,6 +33,7 @@ def arguments(
         **_kv_tiers(config.kv_tiers),
         **({"quantization": "fp8"} if config.fp8.weights else {}),
         **({"kv_cache_dtype": "fp8"} if config.fp8.kv_cache else {}),
+        **({"enable_return_routed_experts": True} if routes and not cpu else {}),
         **config.options,
         "model": str(model),
         "load_format": "dummy",  # the first version is published before anything is generated
@@ -84,7 +85,7 @@ def command_line(values: Mapping[str, Any]) -> Iterator[str]:
             yield value if isinstance(value, str) else json.dumps(value)
 
 
-def environment(config: VllmConfig, *, cpu: bool) -> dict[str, str]:
+def environment(config: VllmConfig, *, cpu: bool, routes: bool = False) -> dict[str, str]:
     """What is added to the environment of vLLM's processes."""
     # Threads that spin while they wait for each other take the cores from those they wait for.
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "passive"}
@@ -95,6 +96,7 @@ def environment(config: VllmConfig, *, cpu: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # everything it loads is in the run directory
         **({**threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpu else {}),
         **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
+        **({ROUTES: "1"} if routes else {}),
         **config.environment,
     }
 

@@ -79,6 +79,7 @@ class Engine:
         stop: tuple[int, ...],
         session: str = "",
         request_id: str = "",
+        routes_from: int | None = None,
         streaming: bool = False,
     ) -> Request:
         """A request that can be sent; RefusedError says why not."""
@@ -92,6 +93,7 @@ class Engine:
             stop=stop,
             session=session,
             request_id=request_id,
+            routes_from=routes_from,
             streaming=streaming,
         )
 
@@ -118,7 +120,7 @@ class Engine:
         while True:
             await self._door.opened()
             version, updates = self.version, self._updates
-            answer = await self._api.generate(attrs.evolve(ask, salt=_salt(version)))
+            answer = await self._api.generate(attrs.evolve(ask, salt=_salt(version), version=version))
             changes = self._updates - updates
             if not changes or (changes == 1 and any(c.stop is StopReason.ABORT for c in answer.completions)):
                 break  # else it may have waited inside vLLM while weights changed
@@ -138,6 +140,8 @@ class Engine:
             n=n,
             stop=request.stop,
             salt=_salt(self.version),
+            version=self.version,
+            routes_from=request.routes_from,
         )
 
     @contextmanager

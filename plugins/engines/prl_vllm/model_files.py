@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 import torch
 from prl.blocks import precision
+from prl.blocks.form import Form
 from prl.errors import InfrastructureError, UserError
 from prl.providers import Model, NumberFormat, Renderer, Tokenizer, WeightMap
 from prl.rollout.tokenizer import load as load_tokenizer
@@ -45,27 +46,33 @@ def describe(composition: Composition) -> Described:
     tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
     weight_map: WeightMap = composition.load(provider.weights)(run.model, tokenizer.vocab_size)
     number_format: NumberFormat = composition.build(run.quantization)
+    form = Form.of_family(provider, number_format)
     with torch.device("meta"):
         module = composition.build(run.model, tokenizer.vocab_size)
     precision.cast(module, number_format.serve_dtype, float32=provider.float32)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in module.state_dict().items():
-        for hf_name, part in weight_map.to_hf(name, tensor):
-            as_it_is = name.endswith(provider.float32)
-            sent = [(hf_name, part)] if as_it_is else number_format.export(hf_name, part)
-            shapes |= {sent_name: tuple(sent_part.shape) for sent_name, sent_part in sent}
+    sent = [
+        tensor
+        for name, whole in module.state_dict().items()
+        for hf_name, part in weight_map.to_hf(name, whole)
+        for tensor in form.apply(hf_name, part)
+    ]
     return Described(
         name=provider.name,
         tokenizer=tokenizer,
         renderer=composition.load(provider.render)(run.model, tokenizer),
-        hf_config=dict(weight_map.hf_config()),
+        hf_config=form.declared(weight_map.hf_config(), sent),
         dtype=str(number_format.serve_dtype).removeprefix("torch."),
-        shapes=shapes,
+        shapes={name: tuple(tensor.shape) for name, tensor in sent},
     )
 
 
 def write(described: Described, folder: Path, *, length: int, cpu: bool) -> Path:
-    """The folder, with what vLLM needs in it to serve sequences of `length` tokens."""
+    """The folder, with what vLLM needs in it to serve sequences of `length` tokens.
+
+    UserError for what vLLM's CPU backend cannot serve.
+    """
+    if cpu and "quantization_config" in described.hf_config:
+        raise UserError("vLLM's CPU backend serves no quantised weights: use quantization fp32 or bf16, or GPUs")
     folder.mkdir(parents=True, exist_ok=True)
     config = _dense(described.hf_config, length) if cpu and "index_topk" in described.hf_config else described.hf_config
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 
 import attrs
 import numpy as np
-from prl.types import Completion, StopReason
+from prl.types import Completion, Routes, StopReason
 
 from prl_vllm.api import Answer, Ask
 
@@ -36,8 +36,21 @@ async def _finish(ask: Ask, member: int, done: Completion, send: Send, aborted: 
             logprobs=np.concatenate([done.logprobs, more.logprobs]),
             versions=np.concatenate([done.versions, more.versions]),
             stop=more.stop,
+            routes=_joined(done.routes, more.routes),
         )
     return done
+
+
+def _joined(first: Routes | None, more: Routes | None) -> Routes | None:
+    """Routes of both, each token's by whoever computed it first."""
+    if first is None or more is None:
+        return first or more
+    new = max(first.start + len(first.versions) - more.start, 0)
+    return attrs.evolve(
+        first,
+        experts=np.concatenate([first.experts, more.experts[new:]]),
+        versions=np.concatenate([first.versions, more.versions[new:]]),
+    )
 
 
 def _remaining(ask: Ask, member: int, done: Completion) -> Ask:

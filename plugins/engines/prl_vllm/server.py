@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from prl.errors import InfrastructureError
+from prl.routes import replayed
 from prl_torch_engine.server import application, listening
 
 from prl_vllm import arguments as vllm
@@ -79,8 +80,11 @@ async def _server(
     length = config.length or run.rollouts.sequence_length
     folder = context.run_dir.path / "engines" / str(context.index)
     model_files.write(described, folder, length=length, cpu=cpu)
-    values = vllm.arguments(run, config, model=folder, dtype=described.dtype, cpu=cpu, latent=described.latent)
-    environment = vllm.environment(config, cpu=cpu)
+    routes = replayed(context.composition) is not None
+    values = vllm.arguments(
+        run, config, model=folder, dtype=described.dtype, cpu=cpu, latent=described.latent, routes=routes
+    )
+    environment = vllm.environment(config, cpu=cpu, routes=routes)
     async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
         yield server.api, server.ended()
 

@@ -10,6 +10,8 @@ import os
 
 SWITCH = "PRL_VLLM"
 """Environment variable: `1` in every process of a server that serves a run."""
+ROUTES = "PRL_VLLM_ROUTES"
+"""Environment variable: `1` where the run replays routes."""
 KEY_VARIABLE = "PRL_VLLM_API_KEY"
 """Environment variable: the key of servers that are joined."""
 PROTOCOL = 1
@@ -29,3 +31,7 @@ def register() -> None:
         from prl_vllm.inside import mends
 
         mends.apply()
+        if os.environ.get(ROUTES) == "1":
+            from prl_vllm.inside import routes
+
+            routes.install()
