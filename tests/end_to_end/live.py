@@ -121,9 +121,9 @@ class Launched(Run):
 
     popen: subprocess.Popen[str]
 
-    def until(self, condition: Callable[[], Any]) -> None:
-        """Wait until `condition` holds; the run must live that long."""
-        deadline = time.monotonic() + PATIENCE
+    def until(self, condition: Callable[[], Any], patience: float = PATIENCE) -> None:
+        """Wait until `condition` holds, for at most `patience` seconds; the run must live that long."""
+        deadline = time.monotonic() + patience
         while not condition():
             assert self.popen.poll() is None, f"the run ended: {self.popen.communicate()}"
             assert time.monotonic() < deadline, f"waited in vain; the run's state is {self.state}"
