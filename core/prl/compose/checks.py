@@ -24,7 +24,7 @@ def across_sections(run: Run) -> list[Problem]:
         *_environments(run),
         *_lengths(run),
         *_warmup(run),
-        *layout.problems(run.trainer, run.model),
+        *layout.problems(run.trainer),
     ]
 
 
