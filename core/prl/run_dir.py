@@ -32,7 +32,6 @@ import attrs
 
 from prl.errors import UserError
 
-
 SUPERVISOR = "launcher"
 """Role, in processes.json, of the process that starts the others; listed where none of them is."""
 
