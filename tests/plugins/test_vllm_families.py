@@ -12,6 +12,7 @@ from tests.plugins.served_vllm import Served, k3, needs_vllm, serving
 
 pytestmark = needs_vllm
 
+LENGTH = 256
 MLA = ("model.kv_rank=512", "model.rope_dim=64", "model.layers=2")
 """The kernel of vLLM's CPU backend exists for these widths alone."""
 
@@ -30,7 +31,11 @@ FAMILIES = {
         ("model.layers=2", "model.experts=8", "model.experts_per_token=2", "model.expert_intermediate_size=64"),
     ),
     "kimi-k2": Family("kimi_k2", ('model.type="kimi-k2"', *MLA)),
-    "glm-5.1": Family("glm5", ('model.type="glm-5.1"', *MLA, "model.expert_intermediate_size=64"), (".indexer.",)),
+    "glm-5.1": Family(
+        "glm5",
+        ('model.type="glm-5.1"', *MLA, "model.expert_intermediate_size=64", f"model.index_top_k={LENGTH}"),
+        (".indexer.",),
+    ),
     "nemotron-3": Family("nemotron3", ('model.type="nemotron-3-nano"',)),
 }
 
@@ -40,7 +45,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """One server at a time, through shared memory, computing keys and values again after updates."""
     chosen = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("vllm") / "run"
-    edits = ('engine.on_update="recompute"', *chosen.edits)
+    edits = ('engine.on_update="recompute"', f"engine.length={LENGTH}", *chosen.edits)
     with serving(folder, *edits, plugins=f"vllm,{chosen.plugin}") as served:
         yield chosen, served
 
