@@ -16,6 +16,8 @@ from prl.train.export import Exporter, HuggingFaceExport, Shares
 from prl.train.layout import Layout
 from prl.train.parallel.ranks import Ranks
 from prl.types import Batch, Manifest
+from prl_muon import MuonConfig
+from prl_muon.muon import build as muon
 from safetensors.torch import save_file
 from torch import nn
 
@@ -112,11 +114,27 @@ def trainer_state(ranks: Ranks, seed: int) -> TrainerState:
     return TrainerState(model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=seed)
 
 
+def move_by_muon(ranks: Ranks) -> float:
+    """One step of Muon on matrices that are divided by rows and by expert, beside the same step on whole ones."""
+    batch = pack_batch(random_samples(6), ranks=ranks.world_size)
+    moved = []
+    for divided in (True, False):
+        model = sharded_model(ranks, name="qwen3_moe") if divided else MODELS["qwen3_moe"](0)
+        optimizer = muon(MuonConfig(), model.named_parameters(), 0.01)
+        micro_batches = batch.ranks[ranks.rank] if divided else tuple(m for rank in batch.ranks for m in rank)
+        build_stepper(model, optimizer).step(batch, micro_batches, 0.01)
+        moved.append({name: full(p).detach() for name, p in model.named_parameters()})
+    return max((moved[0][name] - moved[1][name]).abs().max().item() for name in moved[0])
+
+
 def main(folder: Path) -> None:
     ranks = Ranks.join("cpu", Layout(shard=2))
     for name in MODELS:
         record_gradients(ranks, folder, name)
     publish(ranks, folder)
+    experts = Ranks.laid_out(ranks.rank, ranks.device, Layout(shard=2, expert=2))
+    differences = {"shard": move_by_muon(ranks), "expert": move_by_muon(experts)}
+    (folder / f"muon-{ranks.rank}.json").write_text(json.dumps(differences))
     resume(ranks, folder)
     ranks.leave()
 

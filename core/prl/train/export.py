@@ -24,6 +24,7 @@ from prl.blocks.form import Form
 from prl.blocks.sharded import full, local, part_of
 from prl.blocks.weight_map import stacked_views
 from prl.providers import NumberFormat, WeightMap, WeightSender
+from prl.train.parallel.context import all_gather
 from prl.types import Manifest
 
 
@@ -67,7 +68,7 @@ class Shares:
         device = next(self.model.parameters()).device
         mask = torch.tensor([name in mine for name in names], dtype=torch.uint8, device=device)
         masks = mask.new_empty(self.ranks * len(names))
-        dist.all_gather_into_tensor(masks, mask)
+        all_gather(masks, mask)
         return dict(zip(names, masks.view(self.ranks, -1).argmax(0).tolist(), strict=True))
 
 

@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# Under the names that torch gave them before 2.13 they are deprecated.
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class ContextGroup:
@@ -58,11 +62,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         summed = grad.new_empty(grad.shape[0] // ctx.count, *grad.shape[1:])
-        dist.reduce_scatter_tensor(summed, grad.contiguous(), group=ctx.group)
+        _reduce_scatter(summed, grad.contiguous(), group=ctx.group)
         return summed, None, None
 
 
 def _gather(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
     gathered = x.new_empty(count * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    all_gather(gathered, x.contiguous(), group=group)
     return gathered
