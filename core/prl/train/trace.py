@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -147,7 +147,8 @@ def _packed(lengths: Sequence[int]) -> Context:
 def ends_footprint(model: nn.Module, lengths: Sequence[int], *, granularity: int) -> Footprint:
     """Of what comes before and after the layers of a model, whose `layers` are gone; inside `without_data`."""
     context, tokens = _packed(lengths), torch.zeros(sum(lengths), dtype=torch.int64)
-    run: Callable[[], Tensor] = partial(model.hidden, tokens, context)  # type: ignore[arg-type, operator, misc]
+    hidden: Callable[[Tensor, Context], Tensor] = cast("Any", model).hidden
+    run = partial(hidden, tokens, context)
     return footprint(run, model.parameters(), torch.empty(0), tokens, context.positions, granularity=granularity)
 
 
