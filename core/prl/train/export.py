@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from prl.blocks import checkpoint as huggingface
 from prl.blocks.form import Form
-from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.blocks.sharded import full
+from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.types import Manifest
 
 
