@@ -31,7 +31,22 @@ from prl.cli import (
 )
 from prl.errors import PrlError
 
-COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, simulate, plan, config, plugins, weights, worker)
+COMMANDS = (
+    launch,
+    status,
+    logs,
+    stop,
+    resume,
+    report,
+    audit,
+    explain,
+    simulate,
+    plan,
+    config,
+    plugins,
+    weights,
+    worker,
+)
 """In the order in which `prl --help` shows them."""
 
 
