@@ -13,10 +13,24 @@ import sys
 from collections.abc import Sequence
 
 from prl import __version__
-from prl.cli import audit, config, explain, launch, logs, plugins, report, resume, simulate, status, stop, worker
+from prl.cli import (
+    audit,
+    config,
+    explain,
+    launch,
+    logs,
+    plugins,
+    replay,
+    report,
+    resume,
+    simulate,
+    status,
+    stop,
+    worker,
+)
 from prl.errors import PrlError
 
-COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, simulate, config, plugins, worker)
+COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, replay, simulate, config, plugins, worker)
 """In the order in which `prl --help` shows them."""
 
 

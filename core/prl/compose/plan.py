@@ -53,6 +53,13 @@ def plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
     return LaunchPlan(run_dir=run_dir, processes=tuple(processes))
 
 
+def replay_plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
+    """The trainer, and in the controller's place what re-enacts it."""
+    trainer = [process for process in plan(composition, run_dir).processes if process.role == "trainer"]
+    in_charge = attrs.evolve(_process(run_dir, "replay", 0), role="controller")
+    return LaunchPlan(run_dir=run_dir, processes=(in_charge, *trainer))
+
+
 def _all_cheap(composition: Composition) -> bool:
     """Cheap environments run inside the controller."""
     providers = (composition.provider(section) for section in composition.run.environments)

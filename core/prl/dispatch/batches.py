@@ -21,7 +21,7 @@ from prl.dispatch.dispatcher import Dispatcher
 from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.ledger import facts
-from prl.ledger.writer import Ledger
+from prl.ledger.facts import FactSink
 from prl.providers import AdvantageFunction
 from prl.score.credit import Scored, score
 from prl.score.pack import pack
@@ -53,17 +53,17 @@ class BatchFormer:
     dispatcher: Dispatcher
     advantage: AdvantageFunction
     progress: Progress
-    ledger: Ledger
+    ledger: FactSink
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step, then close `batches`."""
         while self.progress.formed < self.progress.steps:
             await batches.room()
-            await batches.put(await self._next())
+            await batches.put(await self.prepare(await self.dispatcher.take()))
         batches.close()
 
-    async def _next(self) -> PreparedBatch:
-        groups = await self.dispatcher.take()
+    async def prepare(self, groups: Sequence[Group]) -> PreparedBatch:
+        """The next batch, of groups that were just taken; which version it trains is settled at once."""
         version = self.progress.formed
         self.progress.formed += 1
         self.progress.change.notify()

@@ -96,6 +96,7 @@ class Checkpoints:
         await self.settled()
         state = self.state.state_dict()
         cut = _Cut(step=state["step"], state=state, groups=tuple(self.pending()))
+        self.ledger.record(facts.Cut(cut.step))
         self.newest, self._writing = cut.step, True
         await self.trainer.save(cut.step, checkpoint_dir.partial(self._path(cut.step)))
         await self._cuts.put(cut)

@@ -15,6 +15,7 @@ import attrs
 
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
+from prl.compose.config import Run
 from prl.compose.origin import identity
 from prl.dispatch import checkpoint
 from prl.dispatch.batches import BatchFormer
@@ -188,24 +189,9 @@ class Assembly:
         return sizes
 
     # --- tasks and groups ---------------------------------------------------------------------------------------------
-    def _feed(self, salt: int, retries: int) -> Feed:
-        run, sizes = self.composition.run, self._sizes()
-        sources = [
-            Source(environment=section.name, weight=section.weight, size=sizes[f"{section.name}/train"])
-            for section in run.environments
-        ]
-        return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
-
-    def _state(
-        self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None
-    ) -> ControllerState:
-        run = self.composition.run
-        state = ControllerState(
-            progress=progress,
-            feed=self._feed(0, run.rollouts.retries),
-            demonstrations=self._feed(1, 0),
-            scheduler=scheduler,
-        )
+    def _state(self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None) -> ControllerState:
+        sizes = {name.rpartition("/")[0]: size for name, size in self._sizes().items() if name.endswith("/train")}
+        state = controller_state(self.composition.run, progress, scheduler, sizes)
         if restored is not None:
             state.load_state_dict(restored.state)
         for peer, hello in self.workers["trainer"]:
@@ -228,6 +214,7 @@ class Assembly:
             group_size=run.rollouts.group_size,
             samples_per_step=run.warmup.samples_per_step,
             feeds={"rl": state.feed.state_dict(), "warmup": state.demonstrations.state_dict()},
+            scheduler=state.scheduler.state_dict(),
         )
 
     def _dispatcher(self, state: ControllerState, placement: Placement, engines: EnginePool) -> Dispatcher:
@@ -288,6 +275,23 @@ class Assembly:
             on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
             newest=state.progress.trained,
         )
+
+
+def controller_state(
+    run: Run, progress: Progress, scheduler: RolloutScheduler, sizes: Mapping[str, int]
+) -> ControllerState:
+    """As it is before the first step; `sizes` are the tasks of each environment's train split."""
+
+    def feed(salt: int, retries: int) -> Feed:
+        sources = [
+            Source(environment=section.name, weight=section.weight, size=sizes[section.name])
+            for section in run.environments
+        ]
+        return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
+
+    return ControllerState(
+        progress=progress, feed=feed(0, run.rollouts.retries), demonstrations=feed(1, 0), scheduler=scheduler
+    )
 
 
 def _names(sizes: Mapping[str, int]) -> frozenset[str]:
