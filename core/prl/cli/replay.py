@@ -49,8 +49,8 @@ def page(done: Sequence[Replayed]) -> Iterator[str]:
     for replayed in done:
         segment, report = replayed.segment, replayed.report
         steps = f"steps {segment.start + 1} to {report.trained}" if report.trained > segment.start else "no step"
-        counts = f"{report.batches} batches and {report.weights} published sets of weights"
-        yield f"launch {segment.launch}: {steps} replayed; {counts} equal the ledger's, bit for bit"
+        published = f"{report.weights} of them published"
+        yield f"launch {segment.launch}: {steps} replayed; batches and weights ({published}) are equal, bit for bit"
     last = done[-1].report
     if last.difference is not None:
         different = last.difference

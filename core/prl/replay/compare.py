@@ -56,7 +56,7 @@ class Recorded:
     first: str
     """Digest of the weights it began with."""
     batches: Mapping[int, str]
-    """Step -> digest."""
+    """Step -> digest of its batch."""
     versions: Mapping[int, tuple[str, str]]
     """Version -> digest of its weights (empty: not published), chain."""
     _chain: str
@@ -79,15 +79,15 @@ class Recorded:
         _equal(step, "the weights it begins with", self.first, chain.manifest_digest(manifest))
 
     def check_batch(self, prepared: PreparedBatch) -> None:
-        """Every column of a batch that is on record."""
+        """Every column of a batch."""
         step = prepared.batch.step
-        recorded, replayed = self.batches.get(step), chain.batch_digest(prepared.batch)
-        if recorded not in (None, replayed):
+        recorded, replayed = self.batches[step], chain.batch_digest(prepared.batch)
+        if recorded != replayed:
             raise DiffersError(
                 Difference(
                     step=step,
                     what="the batch",
-                    recorded=str(recorded),
+                    recorded=recorded,
                     replayed=replayed,
                     detail=self._detail(prepared),
                 )

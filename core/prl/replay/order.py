@@ -32,9 +32,7 @@ class Report:
     """`report.json`: what came of it."""
 
     trained: int
-    """Newest step that is equal."""
-    batches: int
-    """That were compared, and are equal."""
+    """Newest step whose batch and weights are equal; the step that the launch began with, where there is none."""
     weights: int
     """Published sets of weights that were compared, and are equal."""
     difference: Difference | None = None

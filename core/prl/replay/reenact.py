@@ -144,7 +144,6 @@ class Reenactment:
     """Told of every step that is equal; False: to end here."""
     trained: int = 0
     """Newest step that was compared."""
-    batches: int = 0
     weights: int = 0
     """Sets of weights that were compared."""
     _now: float = 0.0
@@ -216,9 +215,6 @@ class Reenactment:
         match event:
             case Taken():
                 self._formed.append(await self._stage.former.prepare(self._taken))
-                self._check_batch(self._formed[-1])
-            case Demonstrated():
-                self._check_batch(self._formed[-1])
             case Served(version):
                 progress.served = version
                 self._stage.dispatcher.published(version)
@@ -231,12 +227,9 @@ class Reenactment:
                 return False
         return True
 
-    def _check_batch(self, prepared: PreparedBatch) -> None:
-        self.recorded.check_batch(prepared)
-        self.batches += 1
-
     async def _train(self, prepared: PreparedBatch) -> None:
         batch = prepared.batch
+        self.recorded.check_batch(prepared)
         self._require_columns(batch)
         reports = await self.trainer.step(batch, learning_rate=prepared.learning_rate, publish=prepared.publish)
         manifest = manifest_of(reports)

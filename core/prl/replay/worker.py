@@ -62,8 +62,8 @@ async def act(composition: Composition, run_dir: RunDir, order: Order) -> Report
             raise
         difference = error.difference if isinstance(error, DiffersError) else None
         sentence = str(error)
-    trained, batches, weights = (acted[0].trained, acted[0].batches, acted[0].weights) if acted else (0, 0, 0)
-    return Report(trained=trained, batches=batches, weights=weights, difference=difference, error=sentence)
+    trained, weights = (acted[0].trained, acted[0].weights) if acted else (0, 0)
+    return Report(trained=trained, weights=weights, difference=difference, error=sentence)
 
 
 async def _trainer(hub: Hub, composition: Composition, version: int) -> Trainer:
