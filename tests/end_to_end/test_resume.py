@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -14,7 +11,7 @@ import pytest
 from prl import checkpoint_dir
 from prl.run_dir import RunDir
 
-from tests.end_to_end.live import TINY, Launched, Run, launched, prl
+from tests.end_to_end.live import TINY, Run, kill, launched, sets, succeed
 from tests.listening import needs_proc
 
 pytestmark = needs_proc
@@ -60,23 +57,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         cut=cut,
         steps=cut + MORE_STEPS,
     )
-
-
-def kill(run: Launched) -> None:
-    """Everything at once, the launcher first, as a machine that loses power."""
-    run.popen.kill()
-    for pid in run.processes():
-        os.kill(pid, signal.SIGKILL)
-    run.popen.communicate()
-
-
-def sets(edits: Iterable[str]) -> list[str]:
-    return [word for edit in edits for word in ("--set", edit)]
-
-
-def succeed(*words: str) -> None:
-    done = prl(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def chains(run: Run) -> dict[int, str]:
