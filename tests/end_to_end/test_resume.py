@@ -11,7 +11,7 @@ import pytest
 from prl import checkpoint_dir
 from prl.run_dir import RunDir
 
-from tests.end_to_end.live import TINY, Run, kill, launched, sets, succeed
+from tests.end_to_end.live import TINY, Run, kill, launched, prl, sets, succeed
 from tests.listening import needs_proc
 
 pytestmark = needs_proc
@@ -80,6 +80,23 @@ def test_so_does_a_fork(runs: Runs) -> None:
     expected = chains(runs.whole)
     assert chains(runs.forked) == {version: expected[version] for version in range(WARMUP + EVERY, runs.steps + 1)}
     assert trainer_part(runs.forked, runs.steps) == trainer_part(runs.whole, runs.steps)
+
+
+def test_a_damaged_shard_is_refused_by_its_rank_and_a_missing_one_before_anything_starts(runs: Runs) -> None:
+    shard = runs.forked.dir.checkpoints / f"step-{runs.steps}" / "trainer" / "rank-0.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    more = ("resume", str(runs.forked.dir.path), "--set", f"run.steps={runs.steps}")
+    refused = prl(*more)
+    assert refused.returncode == 1
+    assert f"{shard} is damaged: its checksum is" in refused.stderr
+    assert "is damaged: its checksum is" in runs.forked.state["error"]
+    shard.unlink()
+    refused = prl(*more)
+    assert refused.returncode == 1
+    assert f"{shard} is missing: the checkpoint had it when it was written" in refused.stderr
+    assert runs.forked.dir.attempts() == [1, 2]
 
 
 def test_every_step_is_recorded_once_across_the_kill(runs: Runs) -> None:

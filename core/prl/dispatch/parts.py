@@ -15,7 +15,6 @@ import attrs
 
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
-from prl.compose.config import Run
 from prl.compose.origin import identity
 from prl.dispatch import checkpoint
 from prl.dispatch.batches import BatchFormer
@@ -41,6 +40,7 @@ from prl.providers import Engine as EngineProvider
 from prl.providers import RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
 from prl.run_dir import RunDir
+from prl.score.credit_state import CreditState
 from prl.types import TaskRef
 from prl.weights.publish import Publisher
 
@@ -130,7 +130,7 @@ class Assembly:
             former=BatchFormer(
                 run=run,
                 dispatcher=dispatcher,
-                advantage=self.composition.build(run.advantage),
+                credit=state.credit,
                 progress=progress,
                 ledger=self.ledger,
             ),
@@ -191,7 +191,7 @@ class Assembly:
     # --- tasks and groups ---------------------------------------------------------------------------------------------
     def _state(self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None) -> ControllerState:
         sizes = {name.rpartition("/")[0]: size for name, size in self._sizes().items() if name.endswith("/train")}
-        state = controller_state(self.composition.run, progress, scheduler, sizes)
+        state = controller_state(self.composition, progress, scheduler, sizes)
         if restored is not None:
             state.load_state_dict(restored.state)
         for peer, hello in self.workers["trainer"]:
@@ -214,7 +214,7 @@ class Assembly:
             group_size=run.rollouts.group_size,
             samples_per_step=run.warmup.samples_per_step,
             feeds={"rl": state.feed.state_dict(), "warmup": state.demonstrations.state_dict()},
-            scheduler=state.scheduler.state_dict(),
+            state=state.state_dict(),
         )
 
     def _dispatcher(self, state: ControllerState, placement: Placement, engines: EnginePool) -> Dispatcher:
@@ -278,9 +278,10 @@ class Assembly:
 
 
 def controller_state(
-    run: Run, progress: Progress, scheduler: RolloutScheduler, sizes: Mapping[str, int]
+    composition: Composition, progress: Progress, scheduler: RolloutScheduler, sizes: Mapping[str, int]
 ) -> ControllerState:
     """As it is before the first step; `sizes` are the tasks of each environment's train split."""
+    run = composition.run
 
     def feed(salt: int, retries: int) -> Feed:
         sources = [
@@ -290,7 +291,11 @@ def controller_state(
         return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
 
     return ControllerState(
-        progress=progress, feed=feed(0, run.rollouts.retries), demonstrations=feed(1, 0), scheduler=scheduler
+        progress=progress,
+        feed=feed(0, run.rollouts.retries),
+        demonstrations=feed(1, 0),
+        scheduler=scheduler,
+        credit=CreditState(composition.build(run.advantage)),
     )
 
 

@@ -121,13 +121,7 @@ def event_of(fact: Any) -> Event | None:
 
 @event_of.register
 def _(fact: facts.Continued) -> Continued:
-    state = {
-        "step": fact.step,
-        "feed": fact.feeds["rl"],
-        "demonstrations": fact.feeds["warmup"],
-        "scheduler": fact.scheduler,
-    }
-    return Continued(step=fact.step, source=fact.source, state=json.dumps(state))
+    return Continued(step=fact.step, source=fact.source, state=json.dumps(fact.state))
 
 
 @event_of.register

@@ -41,8 +41,8 @@ class Continued:
     samples_per_step: int
     feeds: Mapping[FeedName, Mapping[str, Any]]
     """`Feed.state_dict()` of each feed."""
-    scheduler: Mapping[str, Any] = attrs.field(factory=dict)
-    """`RolloutScheduler.state_dict()`."""
+    state: Mapping[str, Any] = attrs.field(factory=dict)
+    """`ControllerState.state_dict()`, for the event log."""
 
 
 @attrs.frozen

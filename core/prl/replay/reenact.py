@@ -89,7 +89,7 @@ class Stage:
         run, witness, saved = composition.run, Witness(), json.loads(continued.state)
         progress = Progress(steps=run.warmup.steps + run.run.steps)
         scheduler = composition.build(run.scheduler, run.rollouts.groups_per_step, clock)
-        state = controller_state(run, progress, scheduler, saved["feed"]["sizes"])
+        state = controller_state(composition, progress, scheduler, saved["feed"]["sizes"])
         state.load_state_dict(saved)
         engines = EnginePool([], progress.change, witness)
         environments = EnvironmentPool([], on_run=lambda request, place: None)
@@ -111,7 +111,7 @@ class Stage:
             former=BatchFormer(
                 run=run,
                 dispatcher=dispatcher,
-                advantage=composition.build(run.advantage),
+                credit=state.credit,
                 progress=progress,
                 ledger=witness,
             ),
