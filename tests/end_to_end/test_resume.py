@@ -82,6 +82,15 @@ def test_so_does_a_fork(runs: Runs) -> None:
     assert trainer_part(runs.forked, runs.steps) == trainer_part(runs.whole, runs.steps)
 
 
+def test_a_fork_is_replayed_from_where_it_began(runs: Runs) -> None:
+    done = prl("replay", str(runs.forked.dir.path))
+    steps, published = f"steps {WARMUP + EVERY + 1} to {runs.steps}", runs.steps - WARMUP - EVERY
+    assert done.stdout.splitlines()[-1] == (
+        f"launch 1: {steps} replayed; batches and weights ({published} of them published) are equal, bit for bit"
+    )
+    assert done.returncode == 0
+
+
 def test_a_damaged_shard_is_refused_by_its_rank_and_a_missing_one_before_anything_starts(runs: Runs) -> None:
     shard = runs.forked.dir.checkpoints / f"step-{runs.steps}" / "trainer" / "rank-0.safetensors"
     content = bytearray(shard.read_bytes())

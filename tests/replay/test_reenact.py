@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from prl.errors import RunError
 from prl.ledger import event_log
-from prl.ledger.events import Arrived, Continued, Cut, Dropped, Event, Issued, Taken, sentence
+from prl.ledger.events import Arrived, Continued, Cut, Dropped, Event, Issued, Taken, Trained, sentence
 from prl.ledger.read import snapshot
 from prl.messages import Failed, RunGroup, TrainStep
 from prl.providers import Drop
@@ -25,7 +25,7 @@ from prl_bounded_staleness import scheduler
 from prl_bounded_staleness.scheduler import BoundedStaleness
 
 from tests.dispatch.fakes import FakeEngine, FakeEnvironment, FakeRun, FakeTrainer, answer, toy_run
-from tests.replay.doing_again import change, events, replay
+from tests.replay.doing_again import change, events, replay, write
 
 WARMUP, STEPS = 2, 8
 LAST = WARMUP + STEPS
@@ -222,6 +222,23 @@ def test_a_group_that_a_broken_log_has_twice_is_found(copy: FakeRun) -> None:
     change(copy, lambda event: told[0] if sentence(event) == sentence(told[1]) else None)
     found = difference(copy)
     assert (found.what, found.replayed) == ("what the controller does", "nothing")
+
+
+@pytest.mark.parametrize(("number", "next_one"), [(3, "nothing"), (8, "step 6 is trained")])
+def test_a_step_that_is_not_the_next_is_found(copy: FakeRun, number: int, next_one: str) -> None:
+    """A log that forgot how the batch of step 3 came to be, and one that has a later step in the place of step 6."""
+    path = event_log.path_of(copy.run_dir, 1)
+    entries = list(event_log.read(path))
+    if number == 3:
+        del entries[next(n for n, (_, event) in enumerate(entries) if isinstance(event, Taken))]
+    else:
+        entries = [
+            (at, Trained(number) if event == Trained(6) else event) for at, event in entries if event != Trained(8)
+        ]
+    write(path, entries)
+    found = difference(copy)
+    assert found.what == "what the controller does"
+    assert number != 8 or (found.recorded, found.replayed) == ("step 8 is trained", next_one)
 
 
 def test_a_trainer_that_makes_other_weights_is_found(eventful: FakeRun) -> None:

@@ -71,7 +71,7 @@ class EventLog:
             event = event_of(fact)
             if event is None:
                 continue
-            if isinstance(event, Arrived) and self.keep == "all":
+            if isinstance(event, Arrived) and event.admitted and self.keep == "all":
                 self._keep_columns(event.group)
             self._file.write(record(at, event))
         self._file.flush()

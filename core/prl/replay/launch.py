@@ -57,7 +57,8 @@ def replay(run_dir: RunDir, *, until: int | None, tell: bool) -> Iterator[Replay
         done = Replayed(segment=segment, report=_launch(composition, scratch, order))
         yield done
         if not done.complete:
-            return
+            break
+    shutil.rmtree(RunDir(run_dir.replay).checkpoints, ignore_errors=True)
 
 
 def _prepare(run_dir: RunDir, segment: Segment, start: str) -> tuple[RunDir, Composition]:

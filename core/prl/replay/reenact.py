@@ -181,7 +181,7 @@ class Reenactment:
         match event:
             case Issued() if dispatcher.capacity() > 0:
                 dispatcher.start()
-            case Arrived(restored=True):
+            case Arrived(restored=True) if event.group.group_id in dispatcher.feed.waiting:
                 dispatcher.restore([event.group])
             case Arrived() if dispatcher.runs(event.group.group_id):
                 dispatcher.arrived(event.group)
@@ -219,6 +219,8 @@ class Reenactment:
                 progress.served = version
                 self._stage.dispatcher.published(version)
             case Trained(step):
+                next_ones = [sentence(Trained(prepared.batch.step)) for prepared in self._formed]
+                check_sentences(step, sentence(event), next_ones[:1])
                 await self._train(self._formed.popleft())
                 go_on = self.on_step(step)
                 return go_on and (step < self.end or self.followed_by is not None)
@@ -260,7 +262,8 @@ class Reenactment:
         await self.trainer.save(self.trained, checkpoint_dir.partial(path))
         files = await self.trainer.saved(self.trained)
         manifest = CheckpointManifest(format=checkpoint_dir.FORMAT, step=self.trained, identity=identity, files=files)
-        await asyncio.to_thread(checkpoint_dir.commit, path, manifest)
+        checkpoint_dir.commit(path, manifest)
+        checkpoint_dir.prune(path.parent, keep_last=1, keep_every=0)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
