@@ -90,7 +90,8 @@ class SyntheticEnvironment:
 
     def _write(self, request: RunGroup, member: int):
         routes = np.zeros((self.tokens, LAYERS, self.large // (self.tokens * LAYERS)), dtype=np.uint8)
-        return self.folder.write({"routes": routes}, group_id=request.group_id, attempt=request.attempt, member=member)
+        routes.reshape(-1)[:8] = np.frombuffer(member.to_bytes(8, "little"), np.uint8)  # members are not alike
+        return self.folder.write({"routes": routes}, group_id=request.group_id, attempt=request.attempt)
 
 
 async def environment(run_dir: RunDir, options: argparse.Namespace) -> None:
@@ -124,7 +125,7 @@ def trainer(run_dir: RunDir) -> None:
 
 def _read(folder: ColumnFolder, micro: MicroBatch) -> int:
     """Bytes of the large columns of a micro-batch, every one of them verified."""
-    references = [reference for column in micro.large.values() for reference in column if reference is not None]
+    references = [reference for column in micro.large.values() for pieces in column for reference in pieces]
     return sum(folder.read(reference).nbytes for reference in references)
 
 

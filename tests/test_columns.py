@@ -22,7 +22,7 @@ SCORES = np.arange(LENGTH, dtype=np.float32)
 
 
 def written(folder: ColumnFolder, member: int = 0, attempt: int = 1) -> dict[str, ColumnReference]:
-    return folder.write({"routes": ROUTES, "scores": SCORES}, group_id=7, attempt=attempt, member=member)
+    return folder.write({"routes": ROUTES, "scores": SCORES + member}, group_id=7, attempt=attempt)
 
 
 def test_columns_are_read_as_they_were_written(tmp_path):
@@ -31,31 +31,33 @@ def test_columns_are_read_as_they_were_written(tmp_path):
     routes, scores = folder.read(large["routes"]), folder.read(large["scores"])
     assert (routes.dtype, routes.tolist()) == (np.uint8, ROUTES.tolist())
     assert (scores.dtype, scores.tolist()) == (np.float32, SCORES.tolist())
-    assert folder.files() == ["7.1.0"]
+    assert folder.files() == [large["routes"].file] == [large["scores"].file]
+    assert large["routes"].file.startswith("7.1.")
     assert (tmp_path / "columns").stat().st_mode & 0o777 == 0o700
 
 
 def test_empty_and_strided_columns_survive(tmp_path):
     folder = ColumnFolder(tmp_path)
     columns = {"empty": np.zeros((0, 4), dtype=np.int32), "strided": ROUTES[::2, :, 1]}
-    large = folder.write(columns, group_id=0, attempt=0, member=0)
+    large = folder.write(columns, group_id=0, attempt=0)
     assert folder.read(large["empty"]).shape == (0, 4)
     assert folder.read(large["strided"]).tolist() == ROUTES[::2, :, 1].tolist()
 
 
 def test_a_column_stays_readable_when_its_file_is_replaced_or_removed(tmp_path):
     folder = ColumnFolder(tmp_path)
-    routes = folder.read(written(folder)["routes"])
+    reference = written(folder)["routes"]
+    routes = folder.read(reference)
     written(folder)
     folder.remove(folder.files())
-    folder.remove(["7.1.0"])
+    folder.remove([reference.file])
     assert routes.tolist() == ROUTES.tolist()
     assert folder.files() == []
 
 
 def test_a_type_that_no_wire_carries_is_not_written(tmp_path):
     with pytest.raises(TypeError, match="a large column of float64"):
-        ColumnFolder(tmp_path).write({"x": np.zeros(2)}, group_id=0, attempt=0, member=0)
+        ColumnFolder(tmp_path).write({"x": np.zeros(2)}, group_id=0, attempt=0)
     assert ColumnFolder(tmp_path).files() == []
 
 
@@ -84,11 +86,12 @@ def test_a_reference_that_lies_is_refused(tmp_path, change, sentence):
 def test_a_flipped_byte_is_refused(tmp_path):
     folder = ColumnFolder(tmp_path)
     large = written(folder)
-    content = bytearray((tmp_path / "7.1.0").read_bytes())
+    path = tmp_path / large["scores"].file
+    content = bytearray(path.read_bytes())
     content[large["scores"].offset] ^= 1
-    (tmp_path / "7.1.0").write_bytes(content)
+    path.write_bytes(content)
     assert folder.read(large["routes"]).tolist() == ROUTES.tolist()
-    with pytest.raises(InfrastructureError, match=r"column 7\.1\.0 has checksum"):
+    with pytest.raises(InfrastructureError, match=r"column 7\.1\.\w+ has checksum"):
         folder.read(large["scores"])
 
 
@@ -99,7 +102,8 @@ def test_files_of_attempts_that_are_over_are_abandoned():
 
 def test_references_reach_the_micro_batch_of_their_sample(tmp_path):
     folder = ColumnFolder(tmp_path)
-    rollouts = [attrs.evolve(rollout(f"7.{i}", reward=float(i)), large=written(folder, i)) for i in range(3)]
+    large = [{name: (column,) for name, column in written(folder, i).items()} for i in range(3)]
+    rollouts = [attrs.evolve(rollout(f"7.{i}", reward=float(i)), large=large[i]) for i in range(3)]
     group = Group(
         group_id=7,
         task=TaskRef(environment="toy", split="train", index=0),
@@ -115,8 +119,18 @@ def test_references_reach_the_micro_batch_of_their_sample(tmp_path):
     for micro in (micro for rank in received.ranks for micro in rank):
         references = micro.large.get("routes", ())
         assert len(references) in (0, len(micro.cu_seqlens) - 1)
-        for reference in references:
-            if reference is not None:
-                assert folder.read(reference).tolist() == ROUTES.tolist()
-                seen.add(reference.file)
-    assert seen == {"7.1.0", "7.1.1", "7.1.2"}
+        for reference in (reference for pieces in references for reference in pieces):
+            assert folder.read(reference).tolist() == ROUTES.tolist()
+            seen.add(reference.file)
+    assert seen == set(folder.files())
+    assert len(seen) == 3
+
+
+def test_what_an_attempt_writes_twice_is_stored_once(tmp_path):
+    folder = ColumnFolder(tmp_path)
+    first = written(folder)
+    (tmp_path / first["routes"].file).chmod(0o400)
+    assert written(folder) == first
+    assert len(folder.files()) == 1
+    assert written(folder, member=1)["routes"].file != first["routes"].file
+    assert {file.split(".")[1] for file in (written(folder, attempt=2)["routes"].file, *folder.files())} == {"1", "2"}

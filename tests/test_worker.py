@@ -45,7 +45,7 @@ def worker(run_dir: RunDir, tmp_path: Path, role: str) -> subprocess.Popen[str]:
     [
         ("print(composition.run.run.steps, run_dir.path.name, index)", 0, ""),
         ("return 5", 5, ""),
-        ("from prl.errors import InfrastructureError; raise InfrastructureError('no answer')", 1, "no answer\n"),
+        ("from prl.errors import InfrastructureError; raise InfrastructureError('no answer')", 75, "no answer\n"),
         ("from prl.errors import UserError; raise UserError('wrong')", 2, "wrong\n"),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_role_is_run_and_its_end_is_the_exit_code(
 def test_what_was_not_foreseen_keeps_its_traceback(run_dir: RunDir, tmp_path: Path) -> None:
     process = worker(run_dir, tmp_path, "def main(composition, run_dir, index): return {}['x']")
     _, err = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 70
     assert err.splitlines()[0] == "Traceback (most recent call last):"
     assert err.splitlines()[-1] == "KeyError: 'x'"
 
@@ -90,7 +90,8 @@ def test_sigterm_cancels_what_runs(run_dir: RunDir, tmp_path: Path) -> None:
 
 def test_a_worker_does_not_outlive_its_parent() -> None:
     child = (
-        "import os, signal, prl.worker as w; w._die_with_parent(os.getppid()); print('up', flush=True); signal.pause()"
+        "import os, signal, prl.worker as w; w._live_with_parent(os.getppid(), lambda: None);"
+        " print('up', flush=True); signal.pause()"
     )
     parent = (
         "import subprocess, sys\n"

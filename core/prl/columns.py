@@ -1,23 +1,24 @@
 """Columns too large for a message: they rest in files of the run directory, and messages carry references to them.
 
-    environment worker   write    <run>/columns/<group>.<attempt>.<member>, raw bytes, one file per rollout
+    environment worker   write    <run>/columns/<group>.<attempt>.<digest of the bytes>
     controller           forwards references without looking behind them; sweeps files (`prl.dispatch.sweep`)
     trainer rank         read     the columns of its own samples: mapped into memory, verified
 
 Meant for what grows with tokens x layers: the experts a 131k-token rollout was routed to are 80 MB, and 256 such
-rollouts would be 20 GB through the controller's event loop. Every host of the run must see the run directory. An
-optional facility: `Rollout.large`, `Sample.large` and `MicroBatch.large` carry the references from end to end, but no
-engine of this distribution reports such a column yet, and no loss reads one.
+rollouts would be 20 GB through the controller's event loop. Every host of the run must see the run directory.
+`Rollout.large`, `Sample.large` and `MicroBatch.large` carry the references from end to end. What an attempt writes
+twice is stored once: siblings share the file of their prompt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +39,45 @@ class ColumnFolder:
 
     Example:
         >>> folder = ColumnFolder(run_dir.columns)
-        >>> large = folder.write({"routes": routes}, group_id=7, attempt=0, member=3)
+        >>> large = folder.write({"routes": routes}, group_id=7, attempt=0)
         >>> folder.read(large["routes"]).shape
         (131072, 75, 8)
     """
 
     path: Path
 
-    def write(
-        self, columns: Mapping[str, NDArray[Any]], *, group_id: int, attempt: int, member: int
-    ) -> dict[str, ColumnReference]:
-        """Write the columns of one rollout; what an earlier try at the same attempt left is replaced."""
+    def write(self, columns: Mapping[str, NDArray[Any]], *, group_id: int, attempt: int) -> dict[str, ColumnReference]:
+        """Write columns into one file, named by what is in it; where the attempt has that file it is left alone."""
+        contents = {name: _content(column) for name, column in columns.items()}
+        path = self.path / f"{group_id}.{attempt}.{_digest(contents.values())}"
+        references, end = {}, 0
+        for name, column in columns.items():
+            offset = end + -end % _ALIGNMENT
+            end = offset + len(contents[name])
+            references[name] = ColumnReference(
+                file=path.name,
+                dtype=str(column.dtype),
+                shape=column.shape,
+                offset=offset,
+                checksum=zlib.crc32(contents[name]),
+            )
+        if not path.exists():
+            self._write(path, [(references[name].offset, content) for name, content in contents.items()])
+        return references
+
+    def _write(self, path: Path, parts: Sequence[tuple[int, memoryview]]) -> None:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.path / f"{group_id}.{attempt}.{member}"
         partial = self.path / f"{path.name}.{os.getpid()}.partial"
         try:
             with partial.open("wb") as file:
-                references = {name: _append(file, path.name, column) for name, column in columns.items()}
+                for offset, content in parts:
+                    file.write(b"\0" * (offset - file.tell()))
+                    file.write(content)
             partial.replace(path)
+        except OSError as error:
+            raise InfrastructureError(f"column {path.name} cannot be written: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
-        return references
 
     def read(self, reference: ColumnReference) -> NDArray[Any]:
         """The column, read-only; InfrastructureError when it is gone, cut short or not what was written."""
@@ -101,19 +120,18 @@ def abandoned(files: Sequence[str], alive: Collection[tuple[int, int]]) -> list[
     return [file for file in files if tuple(map(int, file.split(".")[:2])) not in alive]
 
 
-def _append(file: Any, name: str, column: NDArray[Any]) -> ColumnReference:
+def _content(column: NDArray[Any]) -> memoryview:
     if str(column.dtype) not in _DTYPES:
         raise TypeError(f"a large column of {column.dtype}; possible are {', '.join(_DTYPES)}")
-    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-    offset, content = file.tell(), np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
-    file.write(content)
-    return ColumnReference(
-        file=name,
-        dtype=str(column.dtype),
-        shape=column.shape,
-        offset=offset,
-        checksum=zlib.crc32(content),
-    )
+    return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
+
+
+def _digest(contents: Iterable[memoryview]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _layout(reference: ColumnReference) -> tuple[np.dtype[Any], int]:

@@ -6,7 +6,7 @@
     │   └── PluginError      a named plugin is missing, broken, incompatible or in conflict
     ├── LockError            a process sees other plugin code than the run was launched with; exit code 3
     └── RunError             the run failed; exit code 1
-        ├── InfrastructureError   an engine, environment worker or wire failed; never becomes a reward
+        ├── InfrastructureError   an engine, environment worker or wire failed; never becomes a reward; exit code 75
         └── CheckpointError       a checkpoint is missing, damaged or foreign
 
 The command line prints `str(error)` without a traceback; a traceback is reserved for what was not foreseen.
@@ -69,8 +69,18 @@ class RunError(PrlError):
 
 
 class InfrastructureError(RunError):
-    """A part outside the policy failed: retried or dropped with its reason, never trained on as reward 0."""
+    """A part outside the policy failed: retried or dropped with its reason, never trained on as reward 0.
+
+    A process that ends with it may do better when it is started again (EX_TEMPFAIL of sysexits.h).
+    """
+
+    exit_code = 75
 
 
 class CheckpointError(RunError):
     """A checkpoint is missing, damaged or belongs to another config."""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether the process that ended with it would only end so again: it was foreseen, and no accident."""
+    return isinstance(error, PrlError) and not isinstance(error, InfrastructureError)

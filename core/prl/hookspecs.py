@@ -22,6 +22,7 @@ from prl.providers import (
     Advantage,
     Engine,
     Environment,
+    Kernel,
     Launcher,
     Loss,
     Model,
@@ -91,6 +92,12 @@ def prl_engines() -> Iterable[Engine]:
 @hookspec
 def prl_weight_transports() -> Iterable[WeightTransport]:
     """How a weight version reaches the engines."""
+    raise NotImplementedError
+
+
+@hookspec
+def prl_kernels() -> Iterable[Kernel]:
+    """Other ways to compute an operation of the model's blocks."""
     raise NotImplementedError
 
 

@@ -38,7 +38,10 @@ class Hello:
 
 @attrs.frozen(kw_only=True)
 class Failed:
-    """The worker cannot go on (or could not do `request`); the sentence says why. `fatal` ends the run."""
+    """The worker cannot go on (or could not do `request`); the sentence says why.
+
+    `fatal` ends the run, because a restart would not help.
+    """
 
     error: str
     request: int = -1
@@ -97,6 +100,8 @@ class TrainStep:
     learning_rate: float
     publish: bool
     """Send the new weights through the transport when the step is done (all ranks take part)."""
+    trace: str = ""
+    """Folder into which every rank writes a trace of this step; empty: none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,7 +111,7 @@ class StepDone:
     `sums` are over the rank's own tokens; the controller adds ranks and divides `loss/<stream>[/<metric>]` by the
     stream's global token count, and `mismatch/k3`, `mismatch_fresh/k3` and `entropy` by `<first word>/count`.
     `values` are equal on all ranks (`grad_norm`). `seconds`: phase -> seconds of the rank (`wait`, `forward_backward`,
-    `optimizer`, `publish`).
+    `optimizer`, `publish`). `peaks`: bytes, of which the controller keeps the largest rank's (`memory/peak`).
     """
 
     step: int
@@ -114,6 +119,7 @@ class StepDone:
     sums: Mapping[str, float]
     values: Mapping[str, float]
     seconds: Mapping[str, float]
+    peaks: Mapping[str, float] = attrs.field(factory=dict)
     manifest: Manifest | None = None
 
 

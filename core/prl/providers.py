@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prl.compose.config import Run
     from prl.compose.plan import LaunchPlan
     from prl.rollout.conversation import Conversation
+    from prl.run_dir import RunDir
     from prl.types import Completion, Group, Manifest, Message, Sampling, Split, Task, Tool
 
 Ref: TypeAlias = str
@@ -69,6 +70,34 @@ class Model(Provider):
     """Special tokens of the chat format; a character tokenizer is given these."""
     float32: tuple[str, ...] = ()
     """Endings of the names of tensors that are float32 in every number format, in the module and on every wire."""
+    routing: Ref | None = None
+    """`(config) -> prl.routes.Routing` of a model with experts; imports no torch. None: nothing is routed."""
+    unquantized: tuple[str, ...] = ()
+    """Regular expressions, found in the published names of matrices that no number format quantises (routers, ...)."""
+    checkpoint_types: tuple[str, ...] = ()
+    """`model_type` of the config.json of the family's checkpoints; `config` then has a field `checkpoint`."""
+    limits: Ref | None = None
+    """`(config, vocab_size) -> Sequence[Limit]`; imports no torch. UserError says why there is no such model."""
+
+
+Degree: TypeAlias = Literal["expert", "tensor", "context"]
+"""A kind of parallelism: over how many ranks experts, heads or a sequence are spread."""
+
+
+@attrs.frozen(kw_only=True)
+class Limit:
+    """What a model's shape says about a degree of parallelism: it must divide `count`.
+
+    Example:
+        >>> Limit(degree="tensor", of="groups of Mamba-2", count=8)  # 1, 2, 4 or 8
+    """
+
+    degree: Degree
+    of: str
+    """What is spread."""
+    count: int
+    reason: str = ""
+    """Why it cannot be spread further, where that is no matter of arithmetic."""
 
 
 class LanguageModel(Protocol):
@@ -340,15 +369,28 @@ class Engine(Provider):
     """engine process: `async (EngineContext) -> None`; runs until cancelled. See `prl.weights.engines`."""
     connect: Ref
     """environment workers and controller: `(url, token) -> EngineClient`"""
+    reports_routes: bool = False
+    """It can say which experts tokens were sent to (`routes_from`)."""
 
 
 class EngineClient(Protocol):
     """Async client of one engine. Every method raises InfrastructureError when the engine cannot answer."""
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], n: int = 1, session: str = ""
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routes_from: int | None = None,
     ) -> list[Completion]:
-        """`n` continuations of prompt; `session` lets a later turn find its cache. Cancelling the task aborts it."""
+        """`n` continuations of prompt; `session` lets a later turn find its cache. Cancelling the task aborts it.
+
+        With `routes_from` each says which experts its tokens were sent to, from that token of the prompt on. Rows may
+        be missing: what is not known is not replayed.
+        """
 
     async def prepare(self, manifest: Manifest) -> None:
         """Fetch and verify a version beside the one being served."""
@@ -404,11 +446,44 @@ class Quantization(Provider):
 class NumberFormat(Protocol):
     train_dtype: torch.dtype
     serve_dtype: torch.dtype
+    """What engines compute in, and what tensors that are not quantised travel as."""
     tolerance: float
     """Mean |trainer - engine logprob| this format may cost."""
+    fake_quantization: bool
+    """Whether the trainer's forward pass sees its weights as an engine will, and its backward pass does not."""
+
+    def quantizes(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a Hugging Face tensor is among those that change their form; asked of what the model allows."""
 
     def export(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """A Hugging Face tensor of the trainer -> what is sent to the engines."""
+        """A Hugging Face tensor of the trainer -> what is sent to the engines, and stored. Takes meta tensors too."""
+
+    def restore(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `export` made, by Hugging Face name again: decoded when asked for, as exactly as float32 can.
+
+        `export` of what was restored, unchanged, has the same bits. CheckpointError names a tensor that is malformed.
+        """
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Matrices [..., O, I] that are quantised -> their values in float32 once exported and restored."""
+
+    def declaration(self, kept: Sequence[str]) -> Mapping[str, Any] | None:
+        """`quantization_config` of config.json, where the matrices `kept` are not quantised; None: there is none."""
+
+    def reads(self, declared: Mapping[str, Any] | None) -> bool:
+        """Whether `restore` understands a checkpoint whose config.json has this `quantization_config`, or none."""
+
+
+@attrs.frozen(kw_only=True)
+class Kernel(Provider):
+    """Another way to compute one of the blocks' operations (`prl.blocks.kernels`)."""
+
+    seam: str
+    """The operation; a section of `[kernels]`."""
+    build: Ref
+    """`(config) -> function` that takes and returns what the seam's reference does."""
+    device: str | None = None
+    """torch's type of the only device it runs on, such as `cuda`."""
 
 
 # --- launch and watch -------------------------------------------------------------------------------------------------
@@ -424,8 +499,38 @@ class ProcessLauncher(Protocol):
     def render(self, plan: LaunchPlan) -> str:
         """What would be started, as text, with no side effect (`prl launch --dry-run`)."""
 
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse what cannot be started, with a PrlError, before anything is written."""
+
     def launch(self, plan: LaunchPlan) -> int:
-        """Start every process, wait for the run, stop what is left; the exit code of the run."""
+        """Start every process, wait for the run, stop what is left; the exit code of the run.
+
+        Or hand the run over to a system that does this, write `launch.json` and return 0; then there is `remote`.
+        """
+
+
+class HandingLauncher(ProcessLauncher, Protocol):
+    def remote(self, run_dir: RunDir) -> RemoteRun:
+        """The run that `launch.json` says was handed over."""
+
+
+class RemoteRun(Protocol):
+    """A run that another system keeps, as the command line asks for it from anywhere.
+
+    InfrastructureError when that system does not answer.
+    """
+
+    def rows(self) -> list[list[str]]:
+        """(name, value) lines for `prl status`; never raises."""
+
+    def over(self) -> bool:
+        """Whether nothing of it runs or waits to run; may be asked often."""
+
+    def stop(self) -> None:
+        """The stop file is there: take back what does not run yet; what runs reads the file and ends by itself."""
+
+    def cancel(self) -> None:
+        """End what is left of it now."""
 
 
 @attrs.frozen(kw_only=True)
@@ -458,6 +563,7 @@ KINDS: dict[str, type[Provider]] = {
     "quantization": Quantization,
     "engine": Engine,
     "weight_transport": WeightTransport,
+    "kernel": Kernel,
     "tracker": Tracker,
     "launcher": Launcher,
 }

@@ -80,6 +80,21 @@ class Sampling:
 
 
 @attrs.frozen(kw_only=True)
+class Routes:
+    """The experts that `n` consecutive tokens of a sequence were sent to, each as the input of a forward pass.
+
+    Row `r` speaks about token `start + r` of prompt and completion. The last token an engine samples is never computed,
+    so it has no row.
+    """
+
+    layers: tuple[str, ...]
+    """[M] names of decoder layers, `layers.<i>` as Hugging Face counts them. Those without experts mean nothing."""
+    experts: NDArray[Any]  # [n, M, K] uint8, or uint16 above 256 experts
+    versions: Int32  # [n] policy version of the weights that chose; -1: not known, the row means nothing
+    start: int = 0
+
+
+@attrs.frozen(kw_only=True)
 class Completion:
     """What an engine returns for one sampled continuation of `n` new tokens."""
 
@@ -87,6 +102,8 @@ class Completion:
     logprobs: Float32  # [n] under the sampling temperature
     versions: Int32  # [n] policy version that sampled each token, non-decreasing
     stop: StopReason
+    routes: Routes | None = None
+    """Of prompt and completion, where they were asked for."""
 
 
 @attrs.frozen(kw_only=True)
@@ -112,6 +129,10 @@ class ColumnReference:
     """zlib.crc32 of the bytes."""
 
 
+Pieces: TypeAlias = tuple[ColumnReference, ...]
+"""A column in pieces along its tokens, in order: what several columns begin with can be stored once."""
+
+
 @attrs.frozen(kw_only=True)
 class Rollout:
     """One finished conversation with its tokens, exactly as sampled."""
@@ -129,7 +150,7 @@ class Rollout:
     reward: float
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     """Scalars of the environment; `accuracy` (0 or 1) is the one evaluation reads."""
-    large: Mapping[str, ColumnReference] = attrs.field(factory=dict)
+    large: Mapping[str, Pieces] = attrs.field(factory=dict)
     """Columns [L, ...] that travel by reference."""
 
     @property
@@ -198,7 +219,7 @@ class Sample:
     temperature: float
     weights: Mapping[Stream, Float32]  # stream -> [L]; absent = all zero
     ref_logprobs: Float32 | None = None  # [L] for the ref_kl stream
-    large: Mapping[str, ColumnReference] = attrs.field(factory=dict)  # [L, ...] each, by reference
+    large: Mapping[str, Pieces] = attrs.field(factory=dict)  # [L, ...] each, by reference
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -231,8 +252,8 @@ class MicroBatch:
     sampled: Bool  # [T]
     weights: Mapping[Stream, Float32]  # stream -> [T], only streams that occur in the batch
     ref_logprobs: Float32 | None = None  # [T]
-    large: Mapping[str, tuple[ColumnReference | None, ...]] = attrs.field(factory=dict)
-    """Name -> a reference for each of the `S` samples, None for a sample without that column."""
+    large: Mapping[str, tuple[Pieces, ...]] = attrs.field(factory=dict)
+    """Name -> the pieces of each of the `S` samples, none for a sample without that column."""
     shard: ContextShard | None = None
 
     @property

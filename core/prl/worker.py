@@ -1,23 +1,29 @@
 """`prl worker`: one process of a run. It verifies the lock, then becomes its role.
 
 Started by a launcher (and by the trainer's elastic agent, for its ranks). Ends itself when whatever started it dies, so
-that no worker outlives its run. Imports torch only through the role.
+that no worker outlives its run, and gives signs of life to whoever supervises the run. Imports torch only through the
+role.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from prl.compose.compose import open_run
 from prl.errors import PrlError
 from prl.run_dir import RunDir
+from prl.supervise.beats import Beat
+from prl.supervise.policy import UNFORESEEN
 
 ROLES = {
     "controller": "prl.dispatch.controller",
@@ -31,11 +37,13 @@ ROLES = {
 INDEXED = frozenset({"environment", "engine", "trainer"})
 """Roles whose `main` is told its index; a trainer rank reads RANK from its environment."""
 PARENT_POLL_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(run_dir: RunDir, role: str, index: int) -> int:
     """Run a role to its end; the exit code of the process."""
-    _die_with_parent(os.getppid())
+    rank = os.environ.get("RANK", "0")
+    _live_with_parent(os.getppid(), Beat(run_dir, f"{role}-{rank if role == 'trainer-rank' else index}"))
     _end_gracefully_on_sigterm()
     try:
         composition = open_run(run_dir)
@@ -47,11 +55,22 @@ def main(run_dir: RunDir, role: str, index: int) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
+    except Exception:
+        traceback.print_exc()
+        return UNFORESEEN
 
 
-def _die_with_parent(parent: int) -> None:
+def _live_with_parent(parent: int, beat: Callable[[], None]) -> None:
+    """Give signs of life until the parent is gone, and end then.
+
+    Linux kills the process itself, even one that is stopped; elsewhere it must notice.
+    """
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
     def watch() -> None:
         while os.getppid() == parent:
+            beat()
             time.sleep(PARENT_POLL_SECONDS)
         os._exit(1)
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prl.blocks import checkpoint
+from prl.blocks import checkpoint, tensor_folder
+from prl.blocks.form import Form
 from prl.blocks.weight_map import ListedWeightMap, Rows, Tied
 from prl.errors import CheckpointError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -106,6 +109,76 @@ def test_at_most_one_tensor_is_held_while_loading(tmp_path: Path) -> None:
 
     checkpoint.load(model, Watching(), tmp_path)
     assert seen == [("fused", False), ("norm", True), ("bias", True)]
+
+
+class Counting:
+    """A number format that notes how many of the tensors it made were alive at one time."""
+
+    serve_dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.alive: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def export(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        for part in ("first", "second"):
+            made = tensor * 2
+            if not made.is_meta:
+                self.alive.append(weakref.ref(made))
+                self.most = max(self.most, sum(ref() is not None for ref in self.alive))
+            yield f"{name}.{part}", made
+
+    def declaration(self, kept: object) -> None:
+        return None
+
+
+def test_at_most_one_tensor_is_encoded_at_a_time_while_saving(tmp_path: Path) -> None:
+    counting: Any = Counting()
+    model = Pair()
+    checkpoint.save(model.state_dict().items(), WEIGHT_MAP, tmp_path, form=Form(number_format=counting))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert len(stored) == len(counting.alive) == 8
+    assert counting.most <= 2  # the one being written and the one that is made next
+    assert torch.equal(stored["m.norm.second"], model.norm.detach() * 2)
+
+
+def test_a_file_lays_wide_elements_first_whatever_comes_first(tmp_path: Path) -> None:
+    """Aligned without gaps, so that readers map it into memory."""
+    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.rand(3), "c": torch.rand(5).bfloat16()}
+    tensor_folder.write(tmp_path, list(tensors.items()), tensors.items(), max_shard_bytes=10**6)
+    read = load_file(tmp_path / "model.safetensors")
+    assert {name: t.dtype for name, t in read.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["b"]["data_offsets"] == [0, 12]
+    assert header["__metadata__"] == {"format": "pt"}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == ["a", "b", "c"]
+
+
+def test_what_comes_must_be_what_was_announced(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a was announced as torch\.float32 \[2\], but b came as"):
+        tensor_folder.write(tmp_path, [("a", torch.zeros(2))], [("b", torch.zeros(2))], max_shard_bytes=10**6)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_index_that_leaves_the_folder(tmp_path: Path) -> None:
+    save(tmp_path, max_shard_bytes=50)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00003.safetensors", "../elsewhere.safetensors"))
+    with pytest.raises(CheckpointError, match=r"is in '\.\./elsewhere\.safetensors', which is no name of a file"):
+        checkpoint.load(Pair(), WEIGHT_MAP, tmp_path)
+
+
+def test_a_config_that_is_none(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds list, where a config is an object"):
+        checkpoint.load(Pair(), WEIGHT_MAP, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        checkpoint.load(Pair(), WEIGHT_MAP, tmp_path)
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_short_caches_hold_no_index_keys() -> None:
 def test_layers_without_an_indexer_share_the_choice() -> None:
     context = packed(9)
     selection = indexer()(*inputs(9), context, 0, None)
-    assert SharedIndex()(*inputs(9, seed=5), context, 1, None) is selection
+    assert SharedIndex(4)(*inputs(9, seed=5), context, 1, None) is selection
 
 
 def test_sparse_attention_by_definition() -> None:

@@ -40,6 +40,9 @@ LAUNCHER = """
         def render(self, plan):
             return "rendered " + ",".join(process.name for process in plan.processes)
 
+        def check(self, plan):
+            pass
+
         def launch(self, plan):
             (self.run_dir / "launched").write_text(str(plan.run_dir.path))
             return self.config.code

@@ -40,6 +40,9 @@ NOTED = """
         def __init__(self, config, run_dir):
             self.run_dir = run_dir
 
+        def check(self, plan):
+            pass
+
         def launch(self, plan):
             (self.run_dir / "launched").write_text(str(len(plan.processes)))
             return 0

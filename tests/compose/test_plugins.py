@@ -34,7 +34,7 @@ def reason(name: str) -> str:
 
 
 def test_every_kind_has_its_registration_hook() -> None:
-    assert len(REGISTRATION) == 11
+    assert len(REGISTRATION) == 12
     assert {
         "prl_run_start",
         "prl_group_done",

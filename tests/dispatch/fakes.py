@@ -42,7 +42,7 @@ from prl.messages import (
     Stop,
     TrainStep,
 )
-from prl.providers import Engine, Environment, Provider, Tracker
+from prl.providers import Engine, Environment, Model, Provider, Tracker
 from prl.run_dir import RunDir, read_json
 from prl.types import Failure, Group, Manifest, Message, Rollout, Sample, Sampling, StopReason, TensorRecord, Turn
 from prl.wire import Connection
@@ -130,10 +130,11 @@ class FakeEnvironment:
     asked: list[RunGroup] = attrs.field(factory=list)
     cancelled: list[int] = attrs.field(factory=list)
     environments: tuple[str, ...] = ("toy",)
+    pid: int = 1
 
     def serve(self, connection: Connection, index: int) -> None:
         sizes = {f"{n}/{s}": k for n in self.environments for s, k in (("train", TRAIN_TASKS), ("eval", EVAL_TASKS))}
-        connection.send(Hello(role="environment", index=index, pid=1, host="here", sizes=sizes))
+        connection.send(Hello(role="environment", index=index, pid=self.pid, host="here", sizes=sizes))
         while not isinstance(message := connection.receive(TO_WORKER), Stop):
             match message:
                 case RunGroup():
@@ -299,6 +300,9 @@ class FakeTracker:
 
 # --- the composition --------------------------------------------------------------------------------------------------
 RECORDS: dict[type, Provider] = {
+    config.ModelConfig: Model(
+        name="toy", config=config.ModelConfig, summary="", build="", weights="", render="", special_tokens=()
+    ),
     config.EngineConfig: Engine(name="fake", config=config.EngineConfig, summary="", serve="", connect="connect"),
     config.EnvironmentConfig: Environment(name="toy", config=config.EnvironmentConfig, summary="", build=""),
     config.TrackerConfig: Tracker(name="fake", config=config.TrackerConfig, summary="", build="tracker"),

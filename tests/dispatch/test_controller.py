@@ -234,7 +234,7 @@ def test_a_cheap_environment_runs_inside_the_controller(tmp_path, monkeypatch):
     closed: list[bool] = []
 
     class Runner:
-        def __init__(self, composition, run, token, *, environments):
+        def __init__(self, composition, run, token, *, columns, environments):
             assert environments == ("toy",)
 
         def sizes(self):

@@ -121,6 +121,7 @@ def build(*, steps: int, retries: int) -> Stage:
         ledger=ledger,
         progress=Progress(steps=steps, change=change),
         rollouts=RolloutSection(groups_per_step=2, group_size=1, retries=retries),
+        most_lost=0.5,
         seed=0,
         clock=lambda: 5.0,
         on_group=lambda group, version: arrived.append((group.group_id, version)),
@@ -265,4 +266,7 @@ def test_a_run_that_loses_everything_fails_but_cuts_do_not_count():
         play(scene)
     error = root_cause(caught.value)
     assert isinstance(error, RunError)
-    assert str(error) == "32 groups in a row were lost, the last one because: lost to environment"
+    assert str(error) == (
+        "32 of the last 32 groups were lost to failures, more than failures.share = 0.5 allows; "
+        "the last one because: lost to environment"
+    )

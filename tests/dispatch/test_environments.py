@@ -9,7 +9,6 @@ import attrs
 import pytest
 from prl.dispatch.environments import EnvironmentPool, Place
 from prl.dispatch.hub import DisconnectedError
-from prl.errors import RunError
 from prl.messages import RunGroup
 from prl.types import Group, Sample, Sampling, TaskRef
 
@@ -97,7 +96,7 @@ def test_demonstrations_are_divided_and_none_is_lost():
     asyncio.run(body())
 
 
-def test_a_runner_that_is_gone_is_left_out():
+def test_a_runner_that_is_gone_is_left_out_until_its_successor_joins():
     async def body() -> None:
         gone, there = FakeRunner(gone=True), FakeRunner()
         there.gate.set()
@@ -109,7 +108,14 @@ def test_a_runner_that_is_gone_is_left_out():
         there.gone = True
         with pytest.raises(DisconnectedError):
             await environments.run(request("a"))
-        with pytest.raises(RunError, match="no environment worker with 'a' is connected any more"):
-            await environments.run(request("a"))
+        async with asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(environments.run(request("a")))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            successor = FakeRunner()
+            successor.gate.set()
+            environments.join(Place(name="place-1", runner=successor, environments=frozenset("a")))
+        assert waiting.result().group_id == 0
+        assert len(successor.asked) == 1
 
     asyncio.run(body())

@@ -92,7 +92,7 @@ def test_a_group_that_takes_too_long_is_tried_again(tmp_path):
 
 def test_a_run_whose_groups_are_all_lost_fails(tmp_path):
     run = FakeRun(tmp_path, toy_run(steps=1), environments=[FakeEnvironment(reply=lambda r: answer(r, failed=4))])
-    with pytest.raises(RunError, match=r"32 groups in a row were lost, the last one because: .* broke"):
+    with pytest.raises(RunError, match=r"32 of the last 32 groups were lost .* failures.share = 0.5 .*: .* broke"):
         run.go()
     assert run.state["status"] == "failed"
 

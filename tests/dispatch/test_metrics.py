@@ -44,6 +44,29 @@ def scored(environment: str, *rewards: float) -> Scored:
     return Scored(group=group, samples=(), advantages=())
 
 
+def test_throughput_is_per_device_while_the_slowest_rank_computes():
+    reports = [
+        report({"throughput/tokens": 600.0, "throughput/flops": 8e9}, forward_backward=1.5, optimizer=0.5, wait=9.0),
+        report({"throughput/tokens": 200.0, "throughput/flops": 4e9}, forward_backward=0.5, optimizer=0.5),
+    ]
+    metrics = trainer_metrics(batch(5), reports)
+    assert next(iter(metrics)) == "tokens/per_second_per_device"
+    assert metrics["tokens/per_second_per_device"] == 800 / 2 / 2
+    assert metrics["flops/per_second_per_device"] == 12e9 / 2 / 2
+    assert metrics.keys().isdisjoint({"mfu", "throughput/tokens", "throughput/flops"})
+    known = attrs.evolve(reports[0], values={"throughput/peak": 1e10})
+    metrics = trainer_metrics(batch(5), [known, reports[1]])
+    assert metrics["mfu"] == 0.3
+    assert "throughput/peak" not in metrics
+
+
+def test_the_most_memory_of_any_rank_is_shown():
+    reports = [attrs.evolve(report({}), peaks={"memory/peak": most}) for most in (3.0, 5.0)]
+    metrics = trainer_metrics(batch(5), reports)
+    assert metrics["memory/peak"] == 5.0
+    assert "tokens/per_second_per_device" not in metrics
+
+
 def test_sums_of_all_ranks_are_divided_by_the_global_counts():
     reports = [
         report({"loss/rl": 6.0, "loss/rl/kept": 9.0, "mismatch/k3": 1.0, "mismatch/count": 4.0, "entropy": 3.0}),

@@ -129,9 +129,9 @@ class Launched(Run):
             assert time.monotonic() < deadline, f"waited in vain; the run's state is {self.state}"
             time.sleep(0.05)
 
-    def end(self) -> tuple[int, str]:
-        """Exit code and standard error of `prl launch`."""
-        _, errors = self.popen.communicate(timeout=PATIENCE)
+    def end(self, patience: float = PATIENCE) -> tuple[int, str]:
+        """Exit code and standard error of `prl launch`, which may take `patience` seconds."""
+        _, errors = self.popen.communicate(timeout=patience)
         return self.popen.returncode, errors
 
 

@@ -1,4 +1,7 @@
-"""Runs of many processes: every count above one, a third party's loss, a user's reward; and processes that die."""
+"""Runs of many processes: every count above one, a third party's loss, a user's reward; and processes that die.
+
+No restart is allowed here: what restarts do is in test_chaos.py.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,9 @@ MANY = (
     'tokenizer.characters="\\n 0123456789abcdefghijklmnopqrstuvwxyz"',
     "checkpoints.every=1",
     "run.steps=1000",
+    "failures.restarts=0",
 )
-CISPO = ('losses.rl={type="cispo", clip_high=1.5}', "run.steps=1000")
+CISPO = ('losses.rl={type="cispo", clip_high=1.5}', "run.steps=1000", "failures.restarts=0")
 PROMPTS = [{"prompt": f"spell {word}", "answer": word} for word in ("one", "two", "three", "four", "five", "six") * 4]
 REWARD = """
 def vowels(completion: str, answer: str) -> float:
@@ -155,7 +159,7 @@ def test_a_user_s_function_rewards(engine_killed: Death) -> None:
     ("role", "named"),
     [("trainer-rank", ("trainer-0", "trainer rank 0", "exit code -9")), ("engine", ("engine-0", "SIGKILL"))],
 )
-def test_a_process_that_dies_ends_the_run_and_is_named(
+def test_a_process_that_dies_ends_a_run_without_restarts_and_is_named(
     deaths: dict[str, Death], role: str, named: tuple[str, ...]
 ) -> None:
     seen = deaths[role]

@@ -15,6 +15,7 @@ from prl.dispatch.metrics import token_metrics
 from prl.dispatch.record import rollout_lines
 from prl.dispatch.verify import verify_group, verify_samples
 from prl.errors import InfrastructureError
+from prl.routes import Routing
 from prl.score.credit import score
 from prl.score.pack import pack
 from prl.types import ColumnReference, Failure, Group, Sample, StopReason, TaskRef, Turn
@@ -52,7 +53,9 @@ ROLLOUT: dict[str, st.SearchStrategy[Any]] = {
     "messages": st.lists(st.dictionaries(st.text(max_size=5), nested, max_size=3), max_size=3).map(tuple),
     "reward": floats,
     "metrics": st.dictionaries(st.sampled_from(["accuracy", "x"]), floats),
-    "large": st.dictionaries(st.just("routes"), references),
+    "large": st.dictionaries(
+        st.sampled_from(["routes", "route_versions"]), st.lists(references, max_size=2).map(tuple)
+    ),
 }
 GROUP: dict[str, st.SearchStrategy[Any]] = {
     "group_id": small,
@@ -140,7 +143,13 @@ def _deep(levels: int) -> Any:
 
 
 OTHER = TaskRef(environment="toy", split="train", index=6)
-REFERENCE = ColumnReference(file="3.1.0", dtype="uint8", shape=(LENGTH, 4), offset=0, checksum=0)
+REFERENCE = ColumnReference(file="3.1.0", dtype="uint8", shape=(LENGTH, 3, 2), offset=0, checksum=0)
+VERSIONS = attrs.evolve(REFERENCE, dtype="int32", shape=(LENGTH,))
+ROUTING = Routing(layers=("layers.1", "layers.2", "layers.4"), experts=8, experts_per_token=2)
+
+
+def _routed(*pieces: ColumnReference, versions: ColumnReference = VERSIONS) -> Group:
+    return _rollout(large={"routes": pieces, "route_versions": (versions,)})
 
 
 @pytest.mark.parametrize(
@@ -160,16 +169,30 @@ REFERENCE = ColumnReference(file="3.1.0", dtype="uint8", shape=(LENGTH, 4), offs
         (_rollout(turns=(Turn(start=2, end=9, stop=StopReason.STOP),)), "turn outside its 5 tokens"),
         (_rollout(messages=({"role": "user", "content": b"bytes"},)), "no JSON"),
         (_rollout(messages=({"role": "user", "content": _deep(40)},)), "no JSON"),
-        (_rollout(large={"routes": attrs.evolve(REFERENCE, file="3.0.0")}), "not its own"),
-        (_rollout(large={"routes": attrs.evolve(REFERENCE, shape=(4, 4))}), "not its own"),
+        (_routed(attrs.evolve(REFERENCE, file="3.0.0")), "not its own"),
+        (_routed(attrs.evolve(REFERENCE, shape=(4, 3, 2))), "not its own"),
+        (_routed(attrs.evolve(REFERENCE, shape=())), "not its own"),
+        (_routed(), "not its own"),
+        (_routed(REFERENCE, REFERENCE), "not its own"),
+        (_routed(attrs.evolve(REFERENCE, shape=(LENGTH, 4, 2))), "unlike the model's routes"),
+        (_routed(attrs.evolve(REFERENCE, dtype="uint16")), "unlike the model's routes"),
+        (_routed(REFERENCE, versions=attrs.evolve(VERSIONS, dtype="uint8")), "unlike the model's routes"),
+        (_rollout(large={"routes": (REFERENCE,)}), "unlike the model's routes"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_reason(group, sentence):
     with pytest.raises(InfrastructureError, match=sentence):
-        verify_group(group, REQUEST, NEWEST)
+        verify_group(group, REQUEST, NEWEST, ROUTING)
 
 
 def test_what_was_asked_for_is_believed():
     verify_group(GOOD, REQUEST, NEWEST)
-    verify_group(_rollout(large={"routes": REFERENCE}), REQUEST, NEWEST)
+    verify_group(
+        _routed(attrs.evolve(REFERENCE, shape=(1, 3, 2)), attrs.evolve(REFERENCE, shape=(LENGTH - 1, 3, 2))),
+        REQUEST,
+        NEWEST,
+        ROUTING,
+    )
+    with pytest.raises(InfrastructureError, match="unlike the model's routes"):
+        verify_group(_routed(REFERENCE), REQUEST, NEWEST)
     verify_samples([demonstration(index) for index in range(4)])

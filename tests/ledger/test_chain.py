@@ -39,9 +39,9 @@ def test_streams_steps_ranks_and_references_count() -> None:
     source = batch()
     (micro_batch,) = source.ranks[0]
     reference = ColumnReference(file="0.0.0", dtype="uint8", shape=(5, 2), offset=0, checksum=7)
-    large = {"routes": (reference, None)}
-    moved = {"routes": (attrs.evolve(reference, file="elsewhere", offset=64), None)}
-    other = {"routes": (attrs.evolve(reference, checksum=8), None)}
+    large = {"routes": ((reference,), ())}
+    moved = {"routes": ((attrs.evolve(reference, file="elsewhere", offset=64),), ())}
+    other = {"routes": ((attrs.evolve(reference, checksum=8),), ())}
     variants = [
         source,
         attrs.evolve(source, step=2),

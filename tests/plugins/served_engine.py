@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import attrs
 from prl.blocks.decoder import Decoder
 from prl.errors import UserError
+from prl.routes import Routing
 from prl.types import Manifest, Message
 from prl_disk import DiskConfig
 from prl_disk.files import receive, send
@@ -89,7 +91,7 @@ class Served:
 
     def write(self, version: int, model: Decoder) -> Manifest:
         """What the trainer does at the end of a step."""
-        return send(DiskConfig(), self.folder).send(version, model.named_parameters())
+        return send(DiskConfig(), self.folder).send(version, model.state_dict().items())
 
     async def update(self, version: int, model: Decoder) -> None:
         await self.client.prepare(self.write(version, model))
@@ -103,10 +105,21 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(folder: Path, *, empty: bool = False, sequences: int = 8, length: int = 256) -> AsyncIterator[Served]:
-    """An engine that serves version 0 of `tiny_model()`, or nothing yet when `empty`."""
-    model = tiny_model(seed=99)
-    scheduler = Scheduler(model, sequences=sequences, retained=8, length=length, prefill_tokens=64)
+async def serving(
+    folder: Path,
+    source: Decoder | None = None,
+    *,
+    empty: bool = False,
+    sequences: int = 8,
+    length: int = 256,
+    routing: Routing | None = None,
+) -> AsyncIterator[Served]:
+    """An engine that serves version 0 of `source`, by default `tiny_model()`, or nothing yet when `empty`."""
+    source = source or tiny_model()
+    model = copy.deepcopy(source)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    scheduler = Scheduler(model, sequences=sequences, retained=8, length=length, prefill_tokens=64, routing=routing)
     generation = Generation(scheduler)
     weights = Weights(model, SameNames(), receive(DiskConfig(), folder))
     engine = Engine(scheduler, generation, weights, vocab_size=VOCAB)
@@ -126,7 +139,7 @@ async def serving(folder: Path, *, empty: bool = False, sequences: int = 8, leng
                 )
                 try:
                     if not empty:
-                        await served.update(0, tiny_model())
+                        await served.update(0, source)
                     yield served
                 finally:
                     await client.aclose()

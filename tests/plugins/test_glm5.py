@@ -144,12 +144,18 @@ def test_the_prediction_block_is_carried(tmp_path: Path) -> None:
 
 
 # --- sizes and names --------------------------------------------------------------------------------------------------
-def test_the_published_size() -> None:
+@pytest.mark.parametrize(
+    ("kind", "total", "active"), [(Glm5Config, 743.9, 41.8), (Glm51Config, 743.9, 41.8), (Glm52Config, 743.4, 41.3)]
+)
+def test_the_published_sizes(kind: type[GlmConfig], total: float, active: float) -> None:
+    """Without the block that predicts further tokens, which is no part of the network."""
     with torch.device("meta"):
-        model = build(Glm51Config(size="full"), VOCAB)
-    total, active = parity.totals(model, FULL.experts_per_token, FULL.experts)
-    assert round(total, 1) == 743.9
-    assert round(active, 1) == 41.8
+        model = build(kind(size="full"), VOCAB)
+    counted = parity.totals(model, FULL.experts_per_token, FULL.experts)
+    assert tuple(round(billions, 1) for billions in counted) == (total, active)
+    names = weight_map(kind(size="full"), VOCAB)
+    assert names.carried == ["model.layers.78."]
+    assert not [name for name, _ in model.named_parameters() if name.startswith("layers.78.")]
 
 
 def test_layers_of_the_last_release_share_their_selection() -> None:

@@ -108,6 +108,32 @@ def test_the_whole_model_loads_in_transformers(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(model, tokens, packed(40)), theirs, atol=5e-6, rtol=0)
 
 
+def test_transformers_saves_broken_names_and_we_do_not(tmp_path: Path) -> None:
+    """A model it has built from a config: no engine knows these names. Ours are those that were published."""
+    from transformers import AutoConfig, Kimi_K25ForConditionalGeneration
+
+    config, ours = SIZES["toy"], tmp_path / "ours"
+    parity.written(made(config), weight_map(config, VOCAB), ours)
+    stored = json.loads((ours / "config.json").read_text())
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    (ours / "config.json").write_text(json.dumps({**stored, "vision_config": vision, "projection_hidden_size": 64}))
+    Kimi_K25ForConditionalGeneration(AutoConfig.from_pretrained(ours)).save_pretrained(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert (saved["architectures"], saved["text_config"]["model_type"]) == (
+        ["Kimi_K25ForConditionalGeneration"],
+        "deepseek_v3",
+    )
+    assert (stored["architectures"], stored["text_config"]["model_type"]) == (
+        ["KimiK25ForConditionalGeneration"],
+        "kimi_k2",
+    )
+    theirs = {name for file in (tmp_path / "theirs").glob("*.safetensors") for name in load_file(file)}
+    published = "language_model.model.layers.0.self_attn.q_a_proj.weight"
+    assert published in load_file(ours / "model.safetensors")
+    assert published not in theirs
+    assert published.replace("layers", "blocks") in theirs
+
+
 # --- against itself ---------------------------------------------------------------------------------------------------
 @every_size
 @pytest.mark.parametrize("lengths", [(13, 13, 13), (40, 1, 7, 22), (5, 60)])
@@ -142,12 +168,13 @@ def test_vision_weights_are_carried_from_checkpoint_to_checkpoint(tmp_path: Path
 
 
 # --- sizes and names --------------------------------------------------------------------------------------------------
-def test_the_published_size() -> None:
+@pytest.mark.parametrize("kind", [KimiK2Config, KimiK25Config, KimiK27Config])
+def test_the_published_sizes(kind: type[KimiConfig]) -> None:
+    """Of the language model: K2.5 and later have vision weights beside it."""
     with torch.device("meta"):
-        model = build(KimiK27Config(size="full"), VOCAB)
-    total, active = parity.totals(model, FULL.experts_per_token, FULL.experts)
-    assert round(total, 1) == 1026.4
-    assert round(active, 1) == 32.9
+        model = build(kind(size="full"), VOCAB)
+    counted = parity.totals(model, FULL.experts_per_token, FULL.experts)
+    assert tuple(round(billions, 1) for billions in counted) == (1026.4, 32.9)
     assert model.head().shape == (163_840, 7168)
 
 

@@ -18,6 +18,7 @@ from prl.compose.config import (
     RolloutSection,
     RunSection,
     TokenizerSection,
+    TrainerSection,
 )
 from prl.providers import Engine, Environment, Model, Provider, Score
 from prl.rollout.conversation import Conversation
@@ -51,6 +52,7 @@ class Asked:
     stop: tuple[int, ...]
     n: int
     session: str
+    routes_from: int | None = None
 
 
 @attrs.define(eq=False)
@@ -69,9 +71,16 @@ class FakeEngine:
         self.gate.set()
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], n: int = 1, session: str = ""
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routes_from: int | None = None,
     ) -> list[Completion]:
-        self.asked.append(Asked(tuple(prompt), sampling, tuple(stop), n, session))
+        self.asked.append(Asked(tuple(prompt), sampling, tuple(stop), n, session, routes_from))
         self.arrived.set()
         try:
             await self.gate.wait()
@@ -207,6 +216,7 @@ def composition(engine: FakeEngine, renderer: CharacterRenderer, environment: Fa
         engine=EngineConfig(),
         environments=(FakeEnvironmentConfig(name="fake"), CheapEnvironmentConfig(name="light")),
         rollouts=RolloutSection(sequence_length=32),
+        trainer=TrainerSection(),
     )
 
     def build(section: Any, seed: int) -> FakeEnvironment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -43,7 +44,8 @@ def request(task: TaskRef | None = None, *, size: int = 4) -> RunGroup:
 
 
 def runner_of(composition: Any, *environments: str) -> GroupRunner:
-    return GroupRunner(composition, composition.run, "token", environments=environments or ("fake",))
+    columns = Path("nowhere")  # nothing here is asked for its routes
+    return GroupRunner(composition, composition.run, "token", columns=columns, environments=environments or ("fake",))
 
 
 @pytest.fixture

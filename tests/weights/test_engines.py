@@ -96,18 +96,33 @@ async def forever(hub: Hub) -> None:
     await asyncio.Event().wait()
 
 
-def test_an_engine_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+async def nothing(hub: Hub) -> None:
+    """The engine is not told to stop."""
+
+
+def test_an_engine_that_cannot_ever_serve_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     async def serve(context: EngineContext) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(explode())
+            tasks.create_task(refuse())
 
-    async def explode() -> None:
+    async def refuse() -> None:
+        raise RunError("this engine has no kernel for such a model")
+
+    composed = Composed(serve)
+    assert isinstance(controlled(tmp_path, composed, forever), RunError)
+    assert str(composed.controller_error) == (
+        "engine-3 cannot go on: RunError: this engine has no kernel for such a model"
+    )
+    assert composed.receiver.closed
+
+
+def test_an_engine_that_breaks_ends_its_process_and_not_the_run(tmp_path: Path) -> None:
+    async def serve(context: EngineContext) -> None:
         raise MemoryError("no room for the caches")
 
     composed = Composed(serve)
-    assert isinstance(controlled(tmp_path, composed, forever), MemoryError)
-    assert isinstance(composed.controller_error, RunError)
-    assert str(composed.controller_error) == "engine-3 cannot go on: MemoryError: no room for the caches"
+    assert isinstance(controlled(tmp_path, composed, nothing), MemoryError)
+    assert composed.controller_error is None
     assert composed.receiver.closed
 
 
@@ -116,8 +131,8 @@ def test_an_engine_that_just_returns_has_failed(tmp_path: Path) -> None:
         return
 
     composed = Composed(serve)
-    assert str(controlled(tmp_path, composed, forever)) == "engine 3 stopped serving by itself"
-    assert str(composed.controller_error).endswith("InfrastructureError: engine 3 stopped serving by itself")
+    assert str(controlled(tmp_path, composed, nothing)) == "engine 3 stopped serving by itself"
+    assert composed.controller_error is None
 
 
 def test_a_message_that_is_not_for_engines_ends_the_process(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Stage:
     deadline: float = 5.0
     served: list[int] = attrs.field(factory=list)
     retired: list[int] = attrs.field(factory=list)
+    condemned: list[int] = attrs.field(factory=list)
     change: Change = attrs.field(factory=Change)
     pool: EnginePool = attrs.field(init=False)
     publisher: Publisher = attrs.field(init=False)
@@ -39,6 +40,7 @@ class Stage:
             deadline=self.deadline,
             on_served=lambda version, seconds: self.served.append(version),
             retire=self._retire,
+            condemn=lambda index, reason: self.condemned.append(index),
             pause=0.0,
         )
 

@@ -22,6 +22,7 @@ from torch.nn.attention.varlen import varlen_attn
 from prl.blocks import invariance, padding
 from prl.blocks.cache import KeysAndValues
 from prl.blocks.context import Context
+from prl.blocks.kernels import seam
 from prl.blocks.padding import Padding
 
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -32,6 +33,7 @@ _LONG = 4096
 it may take cuDNN's (benchmarks/train_gpu.py --only attention)."""
 
 
+@seam
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: Context, *, scale: float, cache: KeysAndValues | None = None
 ) -> Tensor:
@@ -90,7 +92,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False
 
 
 def _flash_takes(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Also of tensors without data, which stand for a GPU's (`prl.train.trace`)."""
+    return q.device.type in ("cuda", "meta") and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _are_long(context: Context) -> bool:

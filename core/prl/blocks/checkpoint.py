@@ -1,61 +1,118 @@
-"""Hugging Face checkpoints: a folder of safetensors files, an index when there are several, and config.json.
+"""Hugging Face checkpoints of models: a folder of safetensors files and config.json, in any number format.
 
 `load` is called by the trainer for `trainer.initial_weights`, `save` by whoever hands weights to the world. Which
-tensors there are and what they are called is the affair of the model's weight map.
+tensors there are and what they are called is the affair of the model's weight map, how they are encoded that of the
+number format. Neither holds more than one module tensor and what it is stored as.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prl.blocks.form import Form, declaration_of
+from prl.blocks.tensor_folder import INDEX, MAX_SHARD_BYTES, StoredTensors, check_empty, write
 from prl.errors import CheckpointError
-from prl.providers import WeightMap
+from prl.providers import NumberFormat, WeightMap
 
-INDEX = "model.safetensors.index.json"
+__all__ = ["INDEX", "load", "read_config", "restored", "save"]
 _SHOWN = 8
 """Names an error lists before it only counts."""
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def load(model: nn.Module, weight_map: WeightMap, folder: Path) -> None:
+def load(model: nn.Module, weight_map: WeightMap, folder: Path, *, number_format: NumberFormat | None = None) -> None:
     """Fill every tensor of `model` from `folder`, cast to its dtype; what was read for one is freed before the next.
 
-    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's. Tensors that the weight
-    map only carries are left alone.
+    `number_format` decodes what is quantised. CheckpointError lists the tensors that are missing, of the wrong shape or
+    not the model's. Tensors that the weight map only carries are left alone.
     """
-    stored = _StoredTensors(folder)
+    header, stored = restored(folder, number_format)
     tensors = model.state_dict()
     expected = _expected_shapes(tensors, weight_map)
-    missing = sorted(expected.keys() - stored.keys())
+    missing = sorted(expected.keys() - header.keys())
     misshapen = [
-        f"{name} is {list(stored.shape(name))}, the model's is {list(shape)}"
+        f"{name} is {list(header[name].shape)}, the model's is {list(shape)}"
         for name, shape in expected.items()
-        if name in stored and stored.shape(name) != shape
+        if name in header and header[name].shape != shape
     ]
     if missing or misshapen:
         _refuse(
             folder,
             missing=missing,
             misshapen=misshapen,
-            unexpected=_not_carried(stored.keys() - expected.keys(), weight_map),
+            unexpected=_not_carried(header.keys() - expected.keys(), weight_map),
         )
+    reading = _Noted(stored)
     for name, tensor in tensors.items():
         try:
-            tensor.copy_(weight_map.from_hf(stored, name))
+            tensor.copy_(weight_map.from_hf(reading, name))
         except ValueError as error:
             raise CheckpointError(f"the weights in {folder} contradict each other: {error}") from error
-    _refuse(folder, unexpected=_not_carried(stored.keys() - stored.read, weight_map))
+    _refuse(folder, unexpected=_not_carried(header.keys() - reading.names, weight_map))
+
+
+def restored(
+    folder: Path, number_format: NumberFormat | None = None
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The tensors of a folder by Hugging Face name, decoded: as meta tensors, and read when asked for."""
+    stored = StoredTensors(folder)
+    declared = declaration_of(read_config(folder))
+    if number_format is None and declared is None:
+        return stored.header(), stored
+    if number_format is None or not number_format.reads(declared):
+        raise CheckpointError(
+            f"the weights in {folder} are quantised (config.json: quantization_config = {_summary(declared)}), which "
+            "the number format of this run does not read: set quantization.type to the one that does (fp8_block, "
+            "int4_group, ...), or convert the weights with `prl weights convert`"
+        )
+    header = number_format.restore(stored.header())
+    return {name: header[name] for name in header}, number_format.restore(stored)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """`config.json` of a folder, empty where there is none."""
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds {type(config).__name__}, where a config is an object")
+    return config
+
+
+def _summary(declared: Mapping[str, Any] | None) -> str:
+    text = json.dumps(declared)
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+class _Noted(Mapping[str, Tensor]):
+    """Tensors, and the names of those that were read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        self.names.add(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _not_carried(names: Set[str], weight_map: WeightMap) -> list[str]:
@@ -85,140 +142,79 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-class _StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a folder, each read from disk when asked for; `read` are the names that were."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file_of = _files_of_tensors(folder)
-        self._open: dict[str, Any] = {}
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._file(name)
-        self.read.add(name)
-        with self._explained(name):
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Read from the file's header."""
-        with self._explained(name):
-            return tuple(self._file(name).get_slice(name).get_shape())
-
-    def _file(self, name: str) -> Any:
-        file = self._file_of[name]
-        if file not in self._open:
-            self._open[file] = _open(self._folder / file)
-        return self._open[file]
-
-    @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._folder / self._file_of[name]} is damaged: {name}: {error}") from error
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-
-def _files_of_tensors(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or, where there is none, from the files themselves."""
-    index = folder / INDEX
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors files: {error}") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors file; weights are read from a Hugging Face folder")
-    return {name: file.name for file in files for name in _open(file).keys()}  # noqa: SIM118 (not a mapping)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 def save(
     tensors: Iterable[tuple[str, Tensor]],
     weight_map: WeightMap,
     folder: Path,
     *,
+    form: Form | None = None,
     origin: Path | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    origin_format: NumberFormat | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write module tensors (name, tensor) as a checkpoint that transformers and vLLM load.
 
-    `origin` is the checkpoint the model came from: the tensors the weight map carries are copied from it. At most
-    `max_shard_bytes` (or one tensor, if larger) are in memory at a time. CheckpointError when `folder` already
-    holds weights: two checkpoints in one folder would be read as one.
+    In the form given, or with the dtypes they have. `origin` is the checkpoint the model came from, written in
+    `origin_format`: the tensors the weight map carries are copied from it, bit for bit where the form is the same. Only
+    one module tensor is encoded at a time.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / INDEX).exists() or next(folder.glob("*.safetensors"), None):
-        raise CheckpointError(f"{folder} already holds weights; save to another folder, or remove them first")
-    shards: list[list[str]] = []
-    total = 0
-    dtype = ""
-    carried = iter(()) if origin is None else _carried(origin, weight_map)
-    for shard in _shards(chain(_stored_form(tensors, weight_map), carried), max_shard_bytes):
-        save_file(shard, _unfinished(folder, len(shards)), metadata={"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        dtype = dtype or str(next(iter(shard.values())).dtype).removeprefix("torch.")
-    _name_shards(folder, shards, total)
-    config = {**weight_map.hf_config(), "dtype": dtype}
+    check_empty(folder)
+    held = dict(tensors)
+    carried = _Carried(origin, origin_format, weight_map, form)
+    planned = [*_stored_form(_as_meta(held.items()), weight_map, form), *carried.planned()]
+    write(
+        folder,
+        planned,
+        chain(_stored_form(held.items(), weight_map, form), carried.tensors()),
+        max_shard_bytes=max_shard_bytes,
+    )
+    if form is None:
+        dtype = str(planned[0][1].dtype).removeprefix("torch.") if planned else "float32"
+        config = {**weight_map.hf_config(), "dtype": dtype}
+    else:
+        config = form.declared(weight_map.hf_config(), planned)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _stored_form(tensors: Iterable[tuple[str, Tensor]], weight_map: WeightMap) -> Iterator[tuple[str, Tensor]]:
+def _as_meta(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, torch.empty(t.shape, dtype=t.dtype, device="meta")) for name, t in tensors)
+
+
+def _stored_form(
+    tensors: Iterable[tuple[str, Tensor]], weight_map: WeightMap, form: Form | None
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         for hf_name, view in weight_map.to_hf(name, tensor.detach()):
-            yield hf_name, view.cpu().contiguous()
+            yield from [(hf_name, view)] if form is None else form.apply(hf_name, view)
 
 
-def _carried(origin: Path, weight_map: WeightMap) -> Iterator[tuple[str, Tensor]]:
-    stored = _StoredTensors(origin)
-    yield from ((name, stored[name]) for name in stored if name.startswith(tuple(weight_map.carried)))
+class _Carried:
+    """Tensors of the checkpoint a model came from that it has no part for."""
 
+    def __init__(
+        self, origin: Path | None, number_format: NumberFormat | None, weight_map: WeightMap, form: Form | None
+    ) -> None:
+        self._header: Mapping[str, Tensor] = {}
+        self._stored: Mapping[str, Tensor] = {}
+        self._names: Sequence[str] = ()
+        self._form = form
+        if origin is None or not weight_map.carried:
+            return
+        declared = declaration_of(read_config(origin))
+        if form is not None and declared is not None and form.number_format.reads(declared):
+            self._stored = StoredTensors(origin)
+            self._header, self._form = self._stored.header(), None
+        else:
+            self._header, self._stored = restored(origin, number_format)
+        self._names = [name for name in self._header if name.startswith(tuple(weight_map.carried))]
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    if shard:
-        yield shard
+    def planned(self) -> Iterator[tuple[str, Tensor]]:
+        return self._formed(self._header)
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self._formed(self._stored)
 
-def _unfinished(folder: Path, number: int) -> Path:
-    return folder / f"unfinished-{number:05}"
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Files get their names when it is known how many there are; the index comes last, so it never names a part."""
-    if len(shards) == 1:
-        _unfinished(folder, 0).rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        _unfinished(folder, number).rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    def _formed(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name in self._names:
+            yield from [(name, tensors[name])] if self._form is None else self._form.apply(name, tensors[name])

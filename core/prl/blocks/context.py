@@ -19,6 +19,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from prl.blocks.routing import RouteLog
+
 
 class SequenceShard(Protocol):
     """A rank's place among those that share the packed tokens: share `index` of `count`."""
@@ -80,6 +82,8 @@ class Context:
     shared: SharedPrefixes | None = None
     """When training, and the model `shares_prefixes`: what it is given are `U` rows, and so is `positions`. Only what
     looks at other tokens of a sequence expands them to the `T` tokens that `lengths` count."""
+    routes: RouteLog | None = None
+    """Where tokens are, were or shall be sent to experts; None: routers choose and nobody wants to know."""
     memo: dict[Any, Any] = attrs.field(factory=dict)
     """What a layer computed that the next layers can share: rope tables, masks."""
 

@@ -21,6 +21,7 @@ from prl.blocks import padding
 from prl.blocks.attend import layouts
 from prl.blocks.cache import KeysAndValues, TokenCache
 from prl.blocks.context import Context
+from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.padding import Padding
 from prl.blocks.rope import RotaryEmbedding, Tables, rotate
@@ -114,6 +115,11 @@ class SharedIndex(nn.Module):
     The context has it by layer: a layer that is computed again, last layers first, must find what it found before.
     """
 
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        """Of that indexer."""
+
     def forward(
         self, x: Tensor, q_latent: Tensor, context: Context, layer_index: int, cache: IndexCache | None
     ) -> Selection | None:
@@ -127,6 +133,7 @@ class SharedIndex(nn.Module):
 
 
 # --- the kernels' reference -------------------------------------------------------------------------------------------
+@seam
 def index_scores(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     """queries [S, L, H, D], keys [S, K, D], weights [S, L, H] float32 -> [S, L, K] float32.
 
@@ -136,6 +143,7 @@ def index_scores(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("slh,slhk->slk", weights, products.relu_())
 
 
+@seam
 def select_topk(scores: Tensor, count: int) -> Tensor:
     """scores [..., K], -inf where a token cannot be seen -> the best [..., min(count, K)] int64.
 
@@ -152,6 +160,7 @@ def as_mask(selected: Tensor, keys: int) -> Tensor:
     return mask.scatter_(-1, places, True)[..., :keys]
 
 
+@seam
 def sparse_attend(
     q: Tensor,
     k: Tensor,

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from prl.blocks import invariance
+from prl.blocks.rounding import Rounds
 
 
 def _onednn_available() -> bool:
@@ -92,7 +93,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return _onednn(x.t(), grad.t()).t().contiguous()
 
 
-class Linear(nn.Linear):
+class Linear(Rounds, nn.Linear):
     """`nn.Linear` without bias, through `linear`; weight [out_features, in_features] is left for the model to draw."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -103,4 +104,4 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
-        return linear(x, self.weight)
+        return linear(x, self.as_served("weight"))

@@ -28,6 +28,7 @@ from torch.nn import functional
 from prl.blocks import padding
 from prl.blocks.attend import layouts
 from prl.blocks.context import Context, SequenceShard
+from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.norm import rms_norm
 from prl.errors import RunError
@@ -106,8 +107,7 @@ class CausalConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S, K - 1 + L, C] -> [S, L, C]."""
-        mixed = functional.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=len(self.bias))
-        return functional.silu(mixed.transpose(1, 2))
+        return causal_conv(x, self.weight[:, 0], self.bias)
 
 
 class GroupedNorm(nn.Module):
@@ -261,6 +261,17 @@ class Mamba2(nn.Module):
         return -self.A_log.float().exp()
 
 
+@seam
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [S, K - 1 + L, C], weight [C, K], bias [C] -> silu(y) [S, L, C].
+
+    y[t] = bias + sum over k of weight[k] x[t + k]
+    """
+    mixed = functional.conv1d(x.transpose(1, 2), weight[:, None], bias, groups=len(bias))
+    return functional.silu(mixed.transpose(1, 2))
+
+
+@seam
 def ssd_scan(
     x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, *, chunk: int, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ no loop over experts, and the same result for the same tokens on every run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -14,9 +15,39 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prl.blocks.context import Context
+from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
-from prl.blocks.sharded import local
+from prl.blocks.rounding import Rounds
+
+Follow: TypeAlias = "Callable[[Tensor], Tensor]"
+"""A router's choice [T, K] -> the choice that is followed [T, K] (see `prl.blocks.routing`)."""
+
+
+@seam
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [N, I] sorted by expert, weight [E, O, I], offsets [E] int32 end of each expert's rows -> x weight.T [N, O]"""
+    return functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+@seam
+def dispatch(
+    x: Tensor, weights: Tensor, chosen: Tensor, run: Callable[[Tensor, Tensor], Tensor], experts: int
+) -> Tensor:
+    """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D].
+
+    `run(x [N, D] sorted by expert, counts [experts] int64 of each) -> [N, D]` is all experts at once.
+    """
+    tokens, count = chosen.shape
+    order = chosen.flatten().argsort(stable=True)
+    # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
+    counts = torch.zeros(experts, dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+    # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
+    copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
+    sorted_outputs = run(copies.index_select(0, order), counts)
+    outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
+    return (outputs * weights[..., None]).sum(1).to(x.dtype)
 
 
 class SoftmaxRouter(nn.Module):
@@ -28,10 +59,11 @@ class SoftmaxRouter(nn.Module):
         self.experts_per_token = experts_per_token
         self.renormalise = renormalise
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64."""
+    def forward(self, x: Tensor, follow: Follow | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64: what `follow` makes of its choice."""
         probabilities = functional.linear(x.float(), self.weight.float()).softmax(-1)
-        return self.weigh(probabilities, self.choose(probabilities))
+        own = self.choose(probabilities)
+        return self.weigh(probabilities, own if follow is None else follow(own))
 
     def choose(self, probabilities: Tensor) -> Tensor:
         """probabilities [T, E] -> the K most probable experts [T, K]."""
@@ -73,10 +105,11 @@ class SigmoidRouter(nn.Module):
         self.renormalise = renormalise
         self.groups, self.groups_per_token = groups, groups_per_token
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64."""
+    def forward(self, x: Tensor, follow: Follow | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, chosen experts [T, K] int64: what `follow` makes of its choice."""
         scores = functional.linear(x.float(), self.weight.float()).sigmoid()
-        return self.weigh(scores, self.choose(scores))
+        own = self.choose(scores)
+        return self.weigh(scores, own if follow is None else follow(own))
 
     def choose(self, scores: Tensor) -> Tensor:
         """scores [T, E] -> chosen experts [T, K]."""
@@ -100,7 +133,7 @@ class SigmoidRouter(nn.Module):
         return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
 
 
-class Experts(nn.Module):
+class Experts(Rounds):
     """Gated feed-forward experts with stacked weights: gate_up_proj [E, 2 F, hidden], down_proj [E, hidden, F]."""
 
     def __init__(self, *, experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -110,11 +143,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        gate_up = functional.grouped_mm(x, local(self.gate_up_proj).transpose(1, 2), offs=offsets)
-        return functional.grouped_mm(swiglu(gate_up), local(self.down_proj).transpose(1, 2), offs=offsets)
+        gate_up = grouped_mm(x, self.as_served("gate_up_proj"), offsets)
+        return grouped_mm(swiglu(gate_up), self.as_served("down_proj"), offsets)
 
 
-class SquaredReluExperts(nn.Module):
+class SquaredReluExperts(Rounds):
     """Experts without a gate: up_proj [E, F, hidden], down_proj [E, hidden, F]."""
 
     def __init__(self, *, experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -124,8 +157,8 @@ class SquaredReluExperts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [N, hidden] sorted by expert, offsets [E] int32 end of each expert's block -> [N, hidden]."""
-        up = functional.grouped_mm(x, local(self.up_proj).transpose(1, 2), offs=offsets)
-        return functional.grouped_mm(up.relu().square(), local(self.down_proj).transpose(1, 2), offs=offsets)
+        up = grouped_mm(x, self.as_served("up_proj"), offsets)
+        return grouped_mm(up.relu().square(), self.as_served("down_proj"), offsets)
 
 
 RunExperts: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -156,23 +189,14 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        weights, chosen = self.gate(x)
+        follow = None if context.routes is None else partial(context.routes.follow, layer_index)
+        weights, chosen = self.gate(x, follow)
         mixed = self.routed(x, weights, chosen)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(x, context, layer_index)
 
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D]."""
-        tokens, count = chosen.shape
-        order = chosen.flatten().argsort(stable=True)
-        # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
-        counts = torch.zeros(len(self.gate.weight), dtype=torch.int64, device=x.device)
-        counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
-        copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
-        sorted_outputs = self.run_experts(self.experts, copies.index_select(0, order), counts)
-        outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
-        mixed: Tensor = (outputs * weights[..., None]).sum(1).to(x.dtype)
-        return mixed
+        return dispatch(x, weights, chosen, partial(self.run_experts, self.experts), len(self.gate.weight))
 
 
 class LatentMixtureOfExperts(MixtureOfExperts):

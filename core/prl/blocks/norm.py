@@ -1,7 +1,8 @@
 """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
 
 torch has one fused kernel for it on a GPU; on a CPU it differentiates the formula operation by operation, which takes
-two to four times as long as the gradient written out here.
+two to four times as long as the gradient written out here. Tensors without data go that way too: it keeps as much for
+the backward pass as the fused kernel does.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch.nn import functional
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] / sqrt(mean(x^2 over D) + eps) * weight; weight is [D], or [H, D] for one weight per head."""
-    exact = x.dtype in (torch.float32, torch.float64)
-    if exact and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    exact = x.is_meta or (x.is_cpu and x.dtype in (torch.float32, torch.float64))
+    if exact and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return normed
     if weight.dim() == 1:

@@ -19,6 +19,7 @@ from prl.cli import (
     explain,
     launch,
     logs,
+    plan,
     plugins,
     replay,
     report,
@@ -26,11 +27,28 @@ from prl.cli import (
     simulate,
     status,
     stop,
+    weights,
     worker,
 )
 from prl.errors import PrlError
 
-COMMANDS = (launch, status, logs, stop, resume, report, audit, explain, replay, simulate, config, plugins, worker)
+COMMANDS = (
+    launch,
+    status,
+    logs,
+    stop,
+    resume,
+    report,
+    audit,
+    explain,
+    replay,
+    simulate,
+    plan,
+    config,
+    plugins,
+    weights,
+    worker,
+)
 """In the order in which `prl --help` shows them."""
 
 

@@ -52,7 +52,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from prl.compose.compose import compose, create_run
+    from prl.compose.compose import compose, create_run, planned_run_dir
     from prl.compose.origin import check_launch
     from prl.compose.plan import plan
 
@@ -62,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(_dry_run(composition, arguments.config))
         return 0
-    run_dir = create_run(composition, arguments.config)
+    intended = planned_run_dir(composition, arguments.config)
+    launcher = composition.build(composition.run.launcher, intended.path)
+    launcher.check(plan(composition, intended))
+    run_dir = create_run(composition, arguments.config, intended)
     print(f"run directory: {run_dir.path}", flush=True)
-    launcher = composition.build(composition.run.launcher, run_dir.path)
     code: int = launcher.launch(plan(composition, run_dir))
     return code
 
@@ -85,15 +87,19 @@ def _checkpoint(origin: str) -> Path:
 
 
 def _dry_run(composition: Composition, source: Path) -> str:
+    from prl.compose import describe
     from prl.compose.compose import planned_run_dir
     from prl.compose.plan import plan
 
     run_dir = planned_run_dir(composition, source)
     launcher = composition.build(composition.run.launcher, run_dir.path)
+    planned = plan(composition, run_dir)
     return (
         f"composition\n{columns(_rows(composition))}\n\n"
         f"run directory (not made)\n  {run_dir.path}\n\n"
-        f"processes (not started)\n{launcher.render(plan(composition, run_dir))}"
+        f"nodes\n{columns(describe.groups(planned))}\n\n"
+        f"processes\n{columns(describe.processes(planned))}\n\n"
+        f"to be started by {composition.provider(composition.run.launcher).name!r}\n{launcher.render(planned)}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,6 +22,7 @@ IMPORTED_BY = {
     ("model", "build"): "trainer, engine",
     ("model", "weights"): "trainer, engine",
     ("model", "render"): "environment",
+    ("model", "limits"): "prl launch",
     ("environment", "build"): "environment",
     ("scheduler", "build"): "controller",
     ("advantage", "build"): "controller",
@@ -31,6 +33,7 @@ IMPORTED_BY = {
     ("engine", "connect"): "controller, environment",
     ("weight_transport", "send"): "trainer",
     ("weight_transport", "receive"): "engine",
+    ("kernel", "build"): "trainer, engine",
     ("tracker", "build"): "controller",
     ("launcher", "build"): "launcher",
 }
@@ -116,7 +119,7 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
     from prl.compose.checks import unavailable
 
     provider = record.provider
-    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type == "Ref"}
+    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type in ("Ref", "Ref | None")}
     return {
         "kind": record.kind,
         "name": provider.name,
@@ -124,18 +127,29 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
         "unavailable": unavailable(provider, plugin),
         "replaces": provider.replaces,
         "imports": {
-            part: {"by": IMPORTED_BY[record.kind, part], "reference": reference} for part, reference in parts.items()
+            part: {"by": IMPORTED_BY[record.kind, part], "reference": reference}
+            for part, reference in parts.items()
+            if reference is not None
         },
-        "fields": [_field(field) for field in attrs.fields(provider.config) if field.init],
+        "fields": list(_fields(provider.config)),
     }
 
 
-def _field(field: attrs.Attribute[Any]) -> dict[str, Any]:
-    default: Any = field.default
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        default = "..." if default.takes_self else default.factory()
+def _fields(config: type, prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Of a section, and of the sections inside it by their dotted names."""
+    for field in attrs.fields(config):
+        default: Any = field.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = "..." if default.takes_self else default.factory()
+        if attrs.has(type(default)):
+            yield from _fields(type(default), f"{prefix}{field.alias}.")
+        elif field.init:
+            yield _field(field, default, prefix)
+
+
+def _field(field: attrs.Attribute[Any], default: Any, prefix: str) -> dict[str, Any]:
     return {
-        "name": field.alias,
+        "name": f"{prefix}{field.alias}",
         "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
         "default": None if default is attrs.NOTHING else repr(default),
         "help": field.metadata.get("help", ""),

@@ -6,12 +6,15 @@ import argparse
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prl.cli.launch import add_edit_arguments
-from prl.cli.runs import FINAL, add_run_argument, alive, find_run, state_of
+from prl.cli.runs import FINAL, add_run_argument, alive, find_run, remote, state_of
 from prl.errors import UserError
 from prl.run_dir import RunDir, read_json
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
 
 ENDING_SECONDS = 5.0
 """What is left of a run that was killed ends itself within this time."""
@@ -34,7 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     run_dir = find_run(arguments.directory)
     refuse_living(run_dir, patience=ENDING_SECONDS)
-    attempt = resume(run_dir, plugins=arguments.plugins, overrides=arguments.set, relock=arguments.relock)
+
+    def check(composition: Composition) -> None:
+        composition.build(composition.run.launcher, run_dir.path).check(plan(composition, run_dir))
+
+    edits = {"plugins": arguments.plugins, "overrides": arguments.set, "relock": arguments.relock}
+    attempt = resume(run_dir, check=check, **edits)
     if attempt.relocked:
         print(f"plugins.lock was rewritten; {attempt.relocked.splitlines()[0]}", flush=True)
         print("\n".join(attempt.relocked.splitlines()[1:-1]), flush=True)
@@ -48,6 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
 def refuse_living(run_dir: RunDir, *, patience: float) -> None:
     """UserError when a process of the run still lives after `patience` seconds."""
     deadline = time.monotonic() + patience
+    there = remote(run_dir)
+    if there is not None:
+        while not there.over():
+            if time.monotonic() > deadline:
+                said = "; ".join(" ".join(row) for row in there.rows())
+                raise UserError(f"{run_dir.path} is still going: {said}; `prl stop` ends it")
+            time.sleep(POLL_SECONDS)
+        return
     while (left := _left(run_dir)) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     if left:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prl.errors import UserError
+from prl.errors import InfrastructureError, UserError
+from prl.providers import RemoteRun
 from prl.run_dir import RunDir, read_json
 
 RUNS = Path("runs")
@@ -48,8 +50,29 @@ def state_of(run_dir: RunDir) -> dict[str, Any]:
     return {"status": "starting", **(read_json(run_dir.state) or {})}
 
 
+@functools.cache
+def remote(run_dir: RunDir) -> RemoteRun | None:
+    """The run as the system sees it that took it over; None for one that `prl launch` itself keeps."""
+    if not run_dir.launch.is_file():
+        return None
+    from prl.compose.compose import compose
+
+    composition = compose(run_dir.config, probe=False)
+    there: RemoteRun = composition.build(composition.run.launcher, run_dir.path).remote(run_dir)
+    return there
+
+
 def is_over(run_dir: RunDir) -> bool:
-    """The run reached a final state, or every process of it is gone from this host."""
+    """The run reached a final state, or every process of it is gone from this host.
+
+    Of a run that another system took over, that system knows: it may queue again after its last word.
+    """
+    there = remote(run_dir)
+    if there is not None:
+        try:
+            return there.over()
+        except InfrastructureError:
+            return state_of(run_dir)["status"] in FINAL
     processes = read_json(run_dir.processes)
     return state_of(run_dir)["status"] in FINAL or bool(
         processes and not any(alive(process, run_dir) for process in processes)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prl.cli.runs import FINAL, add_run_argument, alive, find_run, is_over, state_of
+from prl.cli.runs import FINAL, add_run_argument, alive, find_run, is_over, remote, state_of
 from prl.cli.table import columns
 from prl.run_dir import RunDir, read_json
 
@@ -48,6 +48,8 @@ def _progress(state: Mapping[str, Any], run_dir: RunDir) -> list[list[str]]:
     elif status not in FINAL and run_dir.stop.exists():
         status = f"{status} (asked to stop)"
     rows = [["status", status]]
+    there = remote(run_dir)
+    rows += [] if there is None else there.rows()
     if "step" in state:
         rows.append(["step", f"{state['step']} of {state.get('steps', '?')}, version {state.get('version', 0)}"])
     if state.get("updated"):
@@ -74,8 +76,11 @@ def _metrics(state: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _process(process: Mapping[str, Any], run_dir: RunDir) -> list[str]:
-    here = process["host"] == socket.gethostname()
-    life = ("alive" if alive(process, run_dir) else "gone") if here else "elsewhere"
+    life = "alive" if alive(process, run_dir) else "gone"
+    if remote(run_dir) is not None:
+        life = "gone" if is_over(run_dir) else "in the job"
+    elif process["host"] != socket.gethostname():
+        life = "elsewhere"
     log = Path(process["log"])
     shown = log.relative_to(run_dir.path) if log.is_relative_to(run_dir.path) else log
     return [f"{process['role']}-{process['index']}", f"pid {process['pid']}", process["host"], life, str(shown)]

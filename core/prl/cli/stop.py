@@ -1,4 +1,7 @@
-"""`prl stop [RUN]`: ask a run to end after its current step, with a checkpoint, and wait until it has."""
+"""`prl stop [RUN]`: ask a run to end after its current step, with a checkpoint, and wait until it has.
+
+A run that waits in a queue is taken out of it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import time
 from typing import Any
 
-from prl.cli.runs import add_run_argument, find_run, is_over, state_of
+from prl.cli.runs import add_run_argument, find_run, is_over, remote, state_of
 
 POLL_SECONDS = 0.2
 
@@ -25,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     run_dir.stop.touch()
     print(f"asked {run_dir.path} to stop", flush=True)
+    if (there := remote(run_dir)) is not None:
+        there.stop()
     while not arguments.no_wait and not is_over(run_dir):
         time.sleep(POLL_SECONDS)
     if not arguments.no_wait:

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+import attrs
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from prl.compose.config import Run
 from prl.compose.discover import InstalledPlugin
+from prl.compose.registry import Registry
 from prl.errors import Problem
-from prl.providers import Provider
+from prl.providers import Kernel, Provider
 from prl.train import layout
 
 
@@ -24,8 +26,17 @@ def across_sections(run: Run) -> list[Problem]:
         *_environments(run),
         *_lengths(run),
         *_warmup(run),
+        *_nodes(run),
         *layout.problems(run.trainer, run.model),
     ]
+
+
+def kernels(run: Run, registry: Registry) -> Iterable[Problem]:
+    """A kernel computes one operation and can be chosen for no other."""
+    for seam, section in attrs.asdict(run.kernels, recurse=False).items():
+        provider = None if section is None else registry.of_config(type(section)).provider
+        if isinstance(provider, Kernel) and provider.seam != seam:
+            yield Problem(f"kernels.{seam}", f"kernel {provider.name!r} computes {provider.seam}, not {seam}")
 
 
 def _tokenizer(run: Run) -> Iterable[Problem]:
@@ -51,6 +62,14 @@ def _lengths(run: Run) -> Iterable[Problem]:
 def _warmup(run: Run) -> Iterable[Problem]:
     if run.warmup.steps and run.losses.ce is None:
         yield Problem("losses.ce", f"missing section: warmup.steps is {run.warmup.steps}, and it trains this stream")
+
+
+def _nodes(run: Run) -> Iterable[Problem]:
+    if run.trainer.ranks % run.trainer.nodes:
+        ranks, nodes = run.trainer.ranks, run.trainer.nodes
+        yield Problem("trainer.ranks", f"must be a multiple of trainer.nodes ({nodes}), got {ranks}")
+    if run.engine.count < run.engine.nodes:
+        yield Problem("engine.nodes", f"must be <= engine.count ({run.engine.count}), got {run.engine.nodes}")
 
 
 def files(run: Run) -> list[Problem]:

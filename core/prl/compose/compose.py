@@ -18,7 +18,8 @@ from typing import Any
 
 import attrs
 
-from prl.compose import checks, layers, lock, toml
+from prl import routes
+from prl.compose import checks, layers, limits, lock, toml
 from prl.compose.config import SECTION_KINDS, Run
 from prl.compose.convert import ExplainUnknown, StructureError, structure, unstructure
 from prl.compose.discover import InstalledPlugin, closest, did_you_mean, installed
@@ -102,10 +103,13 @@ def compose(source: Path, *, plugins: str = "", overrides: Sequence[str] = (), p
         problems += error.problems
     else:
         problems += checks.across_sections(run)
+        problems += limits.of_model(run, registry)
         problems += [Problem("", f"{sentence} (plugin {plugin!r})") for plugin, sentence in hooks.validate(run)]
         problems += _not_here(run, registry, known) if probe else []
+        composition = Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
+        problems += [*checks.kernels(run, registry), *routes.problems(composition)]
     _refuse(str(source), failures, problems)
-    return Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
+    return composition
 
 
 def _assemble(
@@ -188,9 +192,9 @@ def config_table(composition: Composition) -> dict[str, Any]:
     return {**composition.resolved, "run": section}
 
 
-def create_run(composition: Composition, source: Path) -> RunDir:
+def create_run(composition: Composition, source: Path, run_dir: RunDir | None = None) -> RunDir:
     """Make the run directory with everything a worker needs; UserError when it already holds a run."""
-    run_dir = planned_run_dir(composition, source)
+    run_dir = run_dir or planned_run_dir(composition, source)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     try:
         with run_dir.config.open("x") as file:

@@ -7,7 +7,7 @@ it makes no sense. Nothing here imports torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import validators
@@ -64,7 +64,18 @@ class EngineConfig:
     """Base of `[engine]` sections."""
 
     count: int = option(1, help="number of engines", validator=positive)
-    host: str = option("127.0.0.1", help="address engines bind to")
+    nodes: int = option(1, help="nodes the engines are spread over", validator=positive)
+    host: str = option("", help="address engines bind to; empty: where the run's network is (run.network)")
+
+    @property
+    def gpus(self) -> int:
+        """Devices of one engine."""
+        return 1
+
+    def kind_of(self, index: int) -> str:
+        """Which part of the work that engine does, where engines divide it: `prefill` or `decode`."""
+        del index
+        return ""
 
 
 @attrs.frozen(kw_only=True)
@@ -77,6 +88,11 @@ class WeightTransportConfig:
 
 
 @attrs.frozen(kw_only=True)
+class KernelConfig:
+    """Base of `[kernels.<seam>]` sections."""
+
+
+@attrs.frozen(kw_only=True)
 class TrackerConfig:
     """Base of `[[trackers]]` sections."""
 
@@ -84,6 +100,9 @@ class TrackerConfig:
 @attrs.frozen(kw_only=True)
 class LauncherConfig:
     """Base of `[launcher]` sections."""
+
+    spans_hosts: ClassVar[bool] = False
+    """Whether processes may be on several machines: they listen on a network then, and share files but no memory."""
 
 
 # --- core's own sections ----------------------------------------------------------------------------------------------
@@ -96,6 +115,11 @@ class RunSection:
     seed: int = option(0, help="seeds task order, sampling and initial weights", validator=not_negative)
     event_log: Literal["off", "tokens", "all"] = option(
         "tokens", help="what `prl replay` needs: some 8 bytes per token; all: large columns (routed experts) too"
+    )
+    network: str = option(
+        "auto",
+        help="where processes listen: loopback, hostname (the address of the host's name), an interface (ib0) or a "
+        "network (10.1.0.0/16); auto: loopback, and hostname where the launcher spans machines",
     )
 
 
@@ -157,6 +181,7 @@ class TrainerSection:
     """`[trainer]`: the processes that train."""
 
     ranks: int = option(1, help="trainer processes: replicate x shard x context", validator=positive)
+    nodes: int = option(1, help="nodes the ranks are spread over, evenly", validator=positive)
     replicate: int = option(1, help="copies of the model (HSDP)", validator=positive)
     shard: int = option(
         0, help="ranks that the parameters of a copy are divided over (FSDP2); 0: all that are left", validator=not_negative
@@ -179,6 +204,25 @@ class TrainerSection:
     compile: bool = option(False, help="compile every layer (torch.compile)")
     optimizer_offload: bool = option(False, help="keep the optimizer's state in host memory between steps")
     initial_weights: str = option("", help="folder with Hugging Face safetensors to start from; empty: random")
+    router_replay: Literal["auto", "on", "off"] = option(
+        "auto",
+        help="send every token to the experts the engine sent it to; auto: where the model has experts and the engine "
+        "reports them",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class KernelsSection:
+    """`[kernels]`: who computes an operation of the model, in trainer and embedded engine, if not plain torch."""
+
+    attend: KernelConfig | None = option(None, help="attention")
+    sparse_attend: KernelConfig | None = option(None, help="attention over selected tokens")
+    index_scores: KernelConfig | None = option(None, help="an indexer's score of every earlier token")
+    select_topk: KernelConfig | None = option(None, help="the tokens an indexer selects")
+    grouped_mm: KernelConfig | None = option(None, help="every expert's product with its own tokens")
+    dispatch: KernelConfig | None = option(None, help="tokens to their experts, and back")
+    ssd_scan: KernelConfig | None = option(None, help="Mamba-2's recurrence")
+    causal_conv: KernelConfig | None = option(None, help="Mamba-2's short convolution")
 
 
 @attrs.frozen(kw_only=True)
@@ -208,6 +252,32 @@ class CheckpointSection:
 
 
 @attrs.frozen(kw_only=True)
+class FailureSection:
+    """`[failures]`: what becomes of the run when processes die or hang, or rollouts fail for no fault of the policy."""
+
+    restarts: int = option(
+        5, help="times one process may be restarted within `window` steps before it is given up", validator=not_negative
+    )
+    window: int = option(50, help="steps of the run over which restarts are counted", validator=positive)
+    backoff: float = option(
+        1.0,
+        help="seconds before the second restart within the window; doubles with each further one",
+        validator=not_negative,
+    )
+    silence: float = option(
+        60.0, help="seconds without a sign of life after which a process is killed; 0: never", validator=not_negative
+    )
+    minimum_engines: int = option(
+        1, help="the run goes on without engines that were given up as long as so many are left", validator=positive
+    )
+    share: float = option(
+        0.5,
+        help="the run ends when more than this share of the last 16 steps' groups was lost to failures",
+        validator=[positive, validators.le(1)],
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Run:
     """A whole run, composed and checked."""
 
@@ -225,10 +295,12 @@ class Run:
     warmup: WarmupSection = option(attrs.Factory(WarmupSection), help="supervised start")
     trainer: TrainerSection = option(attrs.Factory(TrainerSection), help="trainer processes")
     quantization: QuantizationConfig = option(help="number formats")
+    kernels: KernelsSection = option(attrs.Factory(KernelsSection), help="other ways to compute")
     engine: EngineConfig = option(help="inference")
     weights: WeightTransportConfig = option(help="how weights reach the engines")
     evaluation: EvaluationSection = option(attrs.Factory(EvaluationSection), help="held-out tasks")
     checkpoints: CheckpointSection = option(attrs.Factory(CheckpointSection), help="what to continue from")
+    failures: FailureSection = option(attrs.Factory(FailureSection), help="what dies, hangs or fails")
     trackers: tuple[TrackerConfig, ...] = option((), help="where metrics are shown")
     launcher: LauncherConfig = option(help="where processes run")
 
@@ -243,6 +315,7 @@ SECTION_KINDS: dict[type, str] = {
     QuantizationConfig: "quantization",
     EngineConfig: "engine",
     WeightTransportConfig: "weight_transport",
+    KernelConfig: "kernel",
     TrackerConfig: "tracker",
     LauncherConfig: "launcher",
 }

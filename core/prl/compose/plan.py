@@ -1,15 +1,28 @@
-"""Which processes a run consists of: what a launcher is given. Knows roles and counts, not where they run."""
+"""Which processes a run consists of, and which of them share a node: what every launcher is given.
+
+    group       nodes            what runs there
+    inference   engine.nodes     controller (node 0), engines in contiguous blocks, environment workers in turn
+    trainer     trainer.nodes    one elastic agent per node, which starts that node's ranks
+
+A group says what each of its nodes must offer. Whether groups have nodes of their own, and which machines those are, is
+the launcher's to decide: one that knows a single machine starts everything there. Nobody is given a port: every process
+listens on a free one of the run's network and says where.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import Literal
 
 import attrs
 
 from prl.compose.compose import Composition
+from prl.compose.config import FailureSection
 from prl.providers import Environment
 from prl.run_dir import RunDir
+
+Announced = Literal["", "controller.json", "hello", "rendezvous.json"]
 
 
 @attrs.frozen(kw_only=True)
@@ -25,6 +38,15 @@ class Process:
     cpus: int
     gpus: int
     """0 under device `auto`: the process takes what it finds."""
+    first_gpu: int = 0
+    """Its devices are this one and those that follow, among those that its group has on the node."""
+    kind: str = ""
+    """Of engines that divide the work: `prefill` or `decode`."""
+    group: str = "inference"
+    node: int = 0
+    """Which of the group's nodes."""
+    announced: Announced = ""
+    """How others learn where it listens: a file of the run directory, or its Hello to the controller."""
 
     @property
     def name(self) -> str:
@@ -33,31 +55,83 @@ class Process:
 
 
 @attrs.frozen(kw_only=True)
+class NodeGroup:
+    """Nodes that are alike."""
+
+    name: str
+    nodes: int
+    cpus: int
+    """What the processes of its fullest node take together."""
+    gpus: int
+
+
+@attrs.frozen(kw_only=True)
 class LaunchPlan:
     """Every process of a run, in the order in which they should start."""
 
     run_dir: RunDir
     processes: tuple[Process, ...]
+    groups: tuple[NodeGroup, ...] = ()
+    failures: FailureSection = attrs.field(factory=FailureSection)
+    """What becomes of those that die or hang."""
+
+    def on(self, group: str, node: int) -> list[Process]:
+        """What runs on one node."""
+        return [process for process in self.processes if (process.group, process.node) == (group, node)]
 
 
 def plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
     """One controller, the engines, the environment workers (none when all environments are cheap) and the trainer."""
     run = composition.run
-    cuda = run.trainer.device == "cuda"
-    processes = [_process(run_dir, "controller", 0)]
-    processes += [_process(run_dir, "engine", index, gpus=int(cuda)) for index in range(run.engine.count)]
+    processes = _numbered([*_inference(composition, run_dir), *_trainer(composition, run_dir)])
+    nodes = {"inference": run.engine.nodes, "trainer": run.trainer.nodes}
+    groups = tuple(_group(name, count, processes) for name, count in nodes.items())
+    return LaunchPlan(run_dir=run_dir, processes=tuple(processes), groups=groups, failures=run.failures)
+
+
+def _inference(composition: Composition, run_dir: RunDir) -> list[Process]:
+    run = composition.run
+    cuda, nodes, count = run.trainer.device == "cuda", run.engine.nodes, run.engine.count
+    engines = [
+        _process(
+            *(run_dir, "engine", index),
+            node=index * nodes // count,
+            gpus=run.engine.gpus if cuda else 0,
+            kind=run.engine.kind_of(index),
+            announced="hello",
+        )
+        for index in range(count)
+    ]
     workers = 0 if _all_cheap(composition) else run.rollouts.workers
-    processes += [_process(run_dir, "environment", index) for index in range(workers)]
-    ranks, threads = run.trainer.ranks, run.trainer.threads
-    processes += [_process(run_dir, "trainer", 0, threads=threads, cpus=ranks * threads, gpus=ranks if cuda else 0)]
-    return LaunchPlan(run_dir=run_dir, processes=tuple(processes))
+    environments = [_process(run_dir, "environment", index, node=index % nodes) for index in range(workers)]
+    return [_process(run_dir, "controller", 0, announced="controller.json"), *engines, *environments]
+
+
+def _trainer(composition: Composition, run_dir: RunDir) -> list[Process]:
+    trainer = composition.run.trainer
+    ranks, threads = trainer.ranks // trainer.nodes, trainer.threads
+    return [
+        _process(
+            *(run_dir, "trainer", node),
+            group="trainer",
+            node=node,
+            threads=threads,
+            cpus=ranks * threads,
+            gpus=ranks if trainer.device == "cuda" else 0,
+            announced="rendezvous.json" if node == 0 else "",
+        )
+        for node in range(trainer.nodes)
+    ]
 
 
 def replay_plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
     """The trainer, and in the controller's place what re-enacts it."""
-    trainer = [process for process in plan(composition, run_dir).processes if process.role == "trainer"]
-    in_charge = attrs.evolve(_process(run_dir, "replay", 0), role="controller")
-    return LaunchPlan(run_dir=run_dir, processes=(in_charge, *trainer))
+    in_charge = attrs.evolve(_process(run_dir, "replay", 0, announced="controller.json"), role="controller")
+    processes = _numbered([in_charge, *_trainer(composition, run_dir)])
+    groups = (_group("inference", 1, processes), _group("trainer", composition.run.trainer.nodes, processes))
+    # What dies ends the replay: nothing of it is worth more than to begin again.
+    failures = FailureSection(restarts=0, silence=0.0)
+    return LaunchPlan(run_dir=run_dir, processes=tuple(processes), groups=groups, failures=failures)
 
 
 def _all_cheap(composition: Composition) -> bool:
@@ -66,7 +140,19 @@ def _all_cheap(composition: Composition) -> bool:
     return all(isinstance(provider, Environment) and provider.cheap for provider in providers)
 
 
-def _process(run_dir: RunDir, role: str, index: int, *, threads: int = 1, cpus: int = 1, gpus: int = 0) -> Process:
+def _process(
+    run_dir: RunDir,
+    role: str,
+    index: int,
+    *,
+    threads: int = 1,
+    cpus: int = 1,
+    gpus: int = 0,
+    kind: str = "",
+    group: str = "inference",
+    node: int = 0,
+    announced: Announced = "",
+) -> Process:
     where = ("--run", str(run_dir.path), "--role", role, "--index", str(index))
     return Process(
         role=role,
@@ -76,4 +162,29 @@ def _process(run_dir: RunDir, role: str, index: int, *, threads: int = 1, cpus: 
         env={"OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"},
         cpus=cpus,
         gpus=gpus,
+        kind=kind,
+        group=group,
+        node=node,
+        announced=announced,
+    )
+
+
+def _numbered(processes: list[Process]) -> list[Process]:
+    """Every process has devices of its own on its node."""
+    taken: dict[tuple[str, int], int] = {}
+    numbered = []
+    for process in processes:
+        where = (process.group, process.node)
+        numbered.append(attrs.evolve(process, first_gpu=taken.get(where, 0) if process.gpus else 0))
+        taken[where] = taken.get(where, 0) + process.gpus
+    return numbered
+
+
+def _group(name: str, nodes: int, processes: list[Process]) -> NodeGroup:
+    on = [[process for process in processes if (process.group, process.node) == (name, node)] for node in range(nodes)]
+    return NodeGroup(
+        name=name,
+        nodes=nodes,
+        cpus=max(sum(process.cpus for process in some) for some in on),
+        gpus=max(sum(process.gpus for process in some) for some in on),
     )

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -38,8 +38,15 @@ class Attempt:
     """What plugins.lock said otherwise before it was rewritten; empty when it was not."""
 
 
-def resume(run_dir: RunDir, *, plugins: str = "", overrides: Sequence[str] = (), relock: bool = False) -> Attempt:
-    """Make the run ready for its next attempt; no process of it may be alive.
+def resume(
+    run_dir: RunDir,
+    *,
+    plugins: str = "",
+    overrides: Sequence[str] = (),
+    relock: bool = False,
+    check: Callable[[Composition], object] = lambda _: None,
+) -> Attempt:
+    """Make the run ready for its next attempt; no process of it may be alive. `check` may refuse, with a PrlError.
 
     UserError, ConfigError, LockError or CheckpointError say why it cannot go on; nothing was changed then.
     """
@@ -50,6 +57,7 @@ def resume(run_dir: RunDir, *, plugins: str = "", overrides: Sequence[str] = (),
     path = composition.run.checkpoints.resume
     step = origin.check(composition, Path(path)).step if path else 0
     _refuse_finished(run_dir, composition, step)
+    check(composition)
     _keep_config(run_dir, composition)
     if changed:
         run_dir.write_json(run_dir.lock, lock.derive([p.name for p in composition.plugins], installed()))

@@ -19,10 +19,10 @@ def rewind(run_dir: RunDir, step: int) -> None:
     for path in (run_dir.metrics, run_dir.rollouts):
         if path.exists():
             _set_aside(path, step, aside=run_dir.logs() / path.name)
-    for path in (run_dir.stop, run_dir.controller, run_dir.processes):
+    for path in (run_dir.stop, run_dir.controller, run_dir.rendezvous, run_dir.processes):
         path.unlink(missing_ok=True)
-    for folder in run_dir.checkpoints.glob("*.partial"):
-        shutil.rmtree(folder)
+    for folder in (*run_dir.checkpoints.glob("*.partial"), run_dir.beats):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_aside(path: Path, step: int, *, aside: Path) -> None:

@@ -23,6 +23,7 @@ Each loop, what it waits for, and who unblocks it:
     checkpoints a cut, then every rank's part      train; trainer ranks
     sweep       a step                             train
     stop        the stop file                      `prl stop`, the launcher
+    casualties  a line of failures.jsonl           whoever supervises the processes
     ledger      a fact                             every other loop
 
 Every queue is bounded: a slow disk holds up reports, full reports hold up training, training holds up forming, unformed
@@ -30,8 +31,10 @@ groups hold up dispatch, and dispatch is where the run breathes in. Facts that t
 dispatch and training. Trackers hold up nothing: they miss lines instead.
 
 All loops live in one TaskGroup: the first that fails ends the others, the workers are told to stop, and its error is
-the run's. A run goes through start (everyone says Hello, engines load the first weights), warm-up, evaluation, the rl
-phase, and a last evaluation; a stop file ends it after the running step, with a checkpoint.
+the run's. An engine or environment worker that dies is replaced meanwhile; without its trainer the run goes on in
+another process than this one (`prl.supervise`). A run goes through start (everyone says Hello, engines load the first
+weights), warm-up, evaluation, the rl phase, and a last evaluation; a stop file ends it after the running step, with a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -44,10 +47,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
+from prl import network
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.dispatch.batches import PreparedBatch
 from prl.dispatch.buffer import BoundedQueue
+from prl.dispatch.casualties import Casualties
 from prl.dispatch.events import LifecycleHooks, Trackers
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.dispatch.parts import Assembly, Parts, local_runner, roll_call
@@ -59,7 +64,7 @@ from prl.errors import PrlError
 from prl.ledger import facts
 from prl.ledger.event_log import EventLog
 from prl.ledger.writer import Ledger
-from prl.messages import Stop
+from prl.messages import Hello, Stop
 from prl.providers import RunInfo
 from prl.run_dir import RunDir
 
@@ -131,14 +136,15 @@ class Controller:
     async def _live(self, resources: AsyncExitStack) -> None:
         """Every loop, while the phases go by."""
         resources.callback(ColumnFolder(self._run_dir.columns).clear)
-        hub = await resources.enter_async_context(Hub(self._run_dir))
+        hub = await resources.enter_async_context(Hub(self._run_dir, network.address(self._composition.run)))
         resources.push_async_callback(dismiss, hub)
         async with asyncio.TaskGroup() as loops:
-            started = (hub.serve(), self._state.run(), self._watch_stop(), self._ledger.run())
+            casualties = Casualties(self._run_dir, hub, self._ledger)
+            started = (hub.serve(), self._state.run(), self._watch_stop(), self._ledger.run(), casualties.run())
             background = [loops.create_task(loop) for loop in started]
             writer = loops.create_task(self._reporter.run())
             telling = loops.create_task(self._trackers.run())
-            parts = await self._unless_stopped(self._start(hub, resources))
+            parts = await self._unless_stopped(self._start(hub, casualties, resources))
             if parts is not None:
                 loops_of_parts = (parts.publisher, parts.checkpoints, parts.sweep)
                 background += [loops.create_task(part.run()) for part in loops_of_parts]
@@ -164,7 +170,7 @@ class Controller:
         self._record.close()
 
     # --- phases -------------------------------------------------------------------------------------------------------
-    async def _start(self, hub: Hub, resources: AsyncExitStack) -> Parts:
+    async def _start(self, hub: Hub, casualties: Casualties, resources: AsyncExitStack) -> Parts:
         """Everyone says Hello, and engines load the weights the trainer starts from."""
         runner = local_runner(self._composition, self._run_dir)
         if runner is not None:
@@ -179,8 +185,8 @@ class Controller:
             ledger=self._ledger,
             on_served=self._served,
         ).build()
-        for engine in parts.engines.engines:
-            resources.push_async_callback(engine.client.aclose)
+        resources.push_async_callback(parts.engines.aclose)
+        casualties.survivors, hub.on_return = parts.survivors, self._returned
         self._hooks.call("prl_run_start", info=self._info())
         manifest = await parts.trainer.publish()
         self._ledger.record(facts.Loaded(manifest))
@@ -267,6 +273,11 @@ class Controller:
         return None if worker.cancelled() else worker.result()
 
     # --- what other loops ask for -------------------------------------------------------------------------------------
+    def _returned(self, peer: bytes, hello: Hello) -> None:
+        assert self._parts is not None, "nobody is told before the parts are there"
+        self._parts.survivors.welcome(peer, hello)
+        self._state.update(engines=[engine.url for engine in self._parts.engines.engines])
+
     def _served(self, version: int, seconds: float) -> None:
         self._publish_seconds = seconds
         self._progress.served = version

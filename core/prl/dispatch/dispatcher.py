@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 import attrs
@@ -32,7 +32,7 @@ from prl.types import Group, Sampling
 log = logging.getLogger(__name__)
 
 _MOST_STEPS_AHEAD = 64  # bounds what is in flight and ready, whatever a scheduler answers
-_MOST_STEPS_LOST = 16  # that many steps' groups lost in a row, and something is broken for good
+_JUDGED_STEPS = 16  # a burst of losses, as when an engine dies, is small beside what so many steps need
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -46,6 +46,8 @@ class Dispatcher:
     progress: Progress
     ledger: FactSink
     rollouts: RolloutSection
+    most_lost: float
+    """Share of the last groups that may be lost to failures."""
     seed: int
     clock: Callable[[], float]
     on_group: Callable[[Group, int], None]
@@ -56,14 +58,16 @@ class Dispatcher:
     _cuts: dict[int, Drop] = attrs.field(factory=dict, init=False)
     _taken: dict[int, Group] = attrs.field(factory=dict, init=False)
     """Groups of the batches that were formed, until they are trained."""
-    _lost_in_a_row: int = attrs.field(default=0, init=False)
+    _outcomes: deque[bool] = attrs.field(init=False)
+    """Of the last groups: whether each was lost to a failure."""
 
     def __attrs_post_init__(self) -> None:
+        self._outcomes = deque(maxlen=_JUDGED_STEPS * self.rollouts.groups_per_step)
         self.buffer = GroupBuffer(_MOST_STEPS_AHEAD * self.rollouts.groups_per_step)
 
     # --- starting groups ----------------------------------------------------------------------------------------------
     async def run(self) -> None:
-        """Until cancelled. RunError when groups are lost again and again without one that arrives."""
+        """Until cancelled. RunError when too large a share of the groups is lost to failures."""
         async with asyncio.TaskGroup() as groups:
             while True:
                 await self.ledger.room()
@@ -112,7 +116,7 @@ class Dispatcher:
     # --- what becomes of them -----------------------------------------------------------------------------------------
     def arrived(self, group: Group) -> None:
         """A group came back from its flight: it is ready, or goes back to the feed."""
-        self._lost_in_a_row = 0
+        self._outcomes.append(False)
         self.on_group(group, self.progress.served)
         drop = self.scheduler.admit(group, self.progress.formed)
         self.ledger.record(facts.Arrived(group=group, admitted=drop is None))
@@ -140,10 +144,19 @@ class Dispatcher:
         log.warning("%s; %s", error, tries)
         who = f"group {issue.group_id}"
         self.ledger.record(facts.Failed(who=who, where=error.reason, sentence=str(error), done=f"dropped, {tries}"))
-        self._lost_in_a_row += not error.cut
-        if self._lost_in_a_row >= _MOST_STEPS_LOST * self.rollouts.groups_per_step:
-            raise RunError(f"{self._lost_in_a_row} groups in a row were lost, the last one because: {error}")
+        if not error.cut:
+            self._outcomes.append(True)
+            self._guard(error)
         return Drop(group_id=issue.group_id, reason=error.reason)
+
+    def _guard(self, error: GroupLostError) -> None:
+        """A run most of whose groups fail would train on what is left, which is no fair sample of its tasks."""
+        lost, seen = sum(self._outcomes), len(self._outcomes)
+        if seen == self._outcomes.maxlen and lost > self.most_lost * seen:
+            raise RunError(
+                f"{lost} of the last {seen} groups were lost to failures, more than failures.share = "
+                f"{self.most_lost:g} allows; the last one because: {error}"
+            )
 
     def _drop(self, drop: Drop, *, cut: bool = False) -> None:
         self._dropped[drop.reason] += 1

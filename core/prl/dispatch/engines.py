@@ -43,7 +43,10 @@ class Attempt:
 
 @attrs.define(eq=False, kw_only=True)
 class Engine:
-    """One engine. `serving`, `version` and `failures` are publication's to change, `attempts` placement's."""
+    """One engine, through all lives of its process.
+
+    `serving`, `version` and `failures` are publication's to change, `attempts` placement's.
+    """
 
     index: int
     url: str
@@ -53,6 +56,8 @@ class Engine:
     serving: bool = False
     attempts: set[Attempt] = attrs.field(factory=set)
     """What runs on it."""
+    absent: bool = False
+    """Its process is gone, and no successor has come yet."""
     failures: int = 0
     """Updates in a row that failed."""
     busy: float | None = None
@@ -90,6 +95,7 @@ class EnginePool:
         self.change = change
         """Notified when an engine starts or stops serving."""
         self._ledger = ledger
+        self._clients = [engine.client for engine in self.engines]
         self._clock = clock
         self._poll_due = False
 
@@ -110,6 +116,26 @@ class EnginePool:
         for attempt in engine.attempts:
             attempt.cut("engine")
         self.change.notify()
+
+    def lose(self, index: int, reason: str) -> None:
+        """Its process is gone: nothing is tried with it until there is another."""
+        engine = self.engines[index]
+        self.evict(engine, reason)
+        engine.absent = True
+
+    def replace(self, index: int, url: str, client: EngineClient) -> None:
+        """Another process takes its place, without weights: publication catches it up."""
+        engine = self.engines[index]
+        self.evict(engine, "it was started again")
+        self._clients.append(client)
+        engine.url, engine.client = url, client
+        engine.version, engine.failures, engine.absent = -1, 0, False
+        self.change.notify()
+
+    async def aclose(self) -> None:
+        """Close every client there ever was."""
+        for client in self._clients:
+            await client.aclose()
 
     def rejoin(self, engine: Engine) -> None:
         if not engine.serving:

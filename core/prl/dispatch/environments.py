@@ -12,10 +12,11 @@ from typing import Protocol
 
 import attrs
 
+from prl.dispatch.change import Change
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.dispatch.verify import verify_group, verify_samples
-from prl.errors import RunError
 from prl.messages import Demonstrate, Demonstrations, GroupDone, RunGroup
+from prl.routes import Routing
 from prl.types import Group, Sample, TaskRef
 
 
@@ -38,10 +39,12 @@ class RemoteRunner:
     peer: bytes
     newest: Callable[[], int]
     """Newest policy version there is."""
+    routing: Routing | None = None
+    """Of the model whose routes are replayed."""
 
     async def run(self, request: RunGroup) -> Group:
         answer: GroupDone = await self.hub.request(self.peer, request)
-        verify_group(answer.group, request, self.newest())
+        verify_group(answer.group, request, self.newest(), self.routing)
         return answer.group
 
     async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]:
@@ -62,15 +65,19 @@ class Place:
 
 
 class EnvironmentPool:
-    """Every place where tasks can run. One whose connection is gone is left out from then on."""
+    """Every place where tasks can run. One whose connection is gone is left out until its successor joins."""
 
     def __init__(self, places: Iterable[Place], *, on_run: Callable[[RunGroup, str], None]) -> None:
-        self._places = list(places)
+        self._places = {place.name: place for place in places}
+        self._change = Change()
         self._on_run = on_run
         """Told of every group that is sent somewhere, with the name of the place."""
 
     async def run(self, request: RunGroup) -> Group:
-        """Have a group rolled out where least is going on; InfrastructureError when that place cannot."""
+        """Have a group rolled out where least is going on; InfrastructureError when that place cannot.
+
+        Waits while nobody has the environment: whoever supervises the run starts a successor, or ends the run.
+        """
         async with self._least_busy(request.task.environment) as place:
             self._on_run(request, place.name)
             return await place.runner.run(request)
@@ -80,6 +87,15 @@ class EnvironmentPool:
         async with asyncio.TaskGroup() as calls:
             parts = [calls.create_task(self._demonstrate(part)) for part in self._divide(tasks)]
         return [sample for part in parts for sample in part.result()]
+
+    def join(self, place: Place) -> None:
+        """A place is there, in place of an earlier one of its name."""
+        self._places[place.name] = place
+        self._change.notify()
+
+    def lose(self, name: str) -> None:
+        """A place is gone."""
+        self._places.pop(name, None)
 
     def _divide(self, tasks: Sequence[TaskRef]) -> list[list[TaskRef]]:
         parts = []
@@ -94,21 +110,18 @@ class EnvironmentPool:
             return await place.runner.demonstrate(tasks)
 
     def _having(self, environment: str) -> list[Place]:
-        return [place for place in self._places if environment in place.environments]
+        return [place for place in self._places.values() if environment in place.environments]
 
     @asynccontextmanager
     async def _least_busy(self, environment: str) -> AsyncIterator[Place]:
-        places = self._having(environment)
-        if not places:
-            raise RunError(
-                f"no environment worker with {environment!r} is connected any more; `prl logs` shows why they ended"
-            )
-        place = min(places, key=lambda place: place.busy)
+        await self._change.until(lambda: bool(self._having(environment)))
+        place = min(self._having(environment), key=lambda place: place.busy)
         place.busy += 1
         try:
             yield place
         except DisconnectedError:
-            self._places = [other for other in self._places if other is not place]
+            if self._places.get(place.name) is place:
+                self.lose(place.name)
             raise
         finally:
             place.busy -= 1

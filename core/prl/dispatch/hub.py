@@ -3,7 +3,7 @@
     GroupDone, Demonstrations   answer the request with their number
     Failed                      fails the request with its number; otherwise a trainer's, or a fatal one, ends the run
     StepDone, Saved             go to the inboxes of the trainer rank that sent them, one for each kind
-    Hello                       is kept until asked for
+    Hello                       is kept until asked for; a second one is a successor's, and `on_return` is told
 
 A peer must know the run's token (PLAIN authentication). A malformed message, and one that is not its sender's to send,
 is counted, logged with its sender and answered with nothing: one broken worker harms nobody else. Knows nothing of what
@@ -18,6 +18,7 @@ import itertools
 import logging
 import os
 import socket
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -96,6 +97,9 @@ class Hub:
         self._socket: Any = None
         self._peers: dict[tuple[Role, int], tuple[bytes, Hello]] = {}
         self._arrivals = Change()
+        self.on_return: Callable[[bytes, Hello], None] = lambda peer, hello: None
+        """Told of every engine and environment worker that takes the place of one that was there before."""
+        self._known: set[tuple[Role, int]] = set()
         self._numbers = itertools.count(1)
         self._requests: dict[int, _Request] = {}
         self._inboxes: dict[bytes, BoundedQueue[StepDone]] = {}
@@ -181,6 +185,20 @@ class Hub:
         await self._arrivals.until(lambda: (role, index) in self._peers)
         return self._peers[role, index]
 
+    def lose(self, role: Role, index: int, pid: int, sentence: str) -> bool:
+        """A worker's process is gone: fail what was asked of it. False when it is not the one that is there."""
+        peer, hello = self._peers.get((role, index), (b"", None))
+        if hello is None or hello.pid != pid:
+            return False
+        del self._peers[role, index]
+        self._give_up(peer, sentence)
+        return True
+
+    def _give_up(self, peer: bytes, sentence: str) -> None:
+        for request in self._requests.values():
+            if request.peer == peer and not request.answer.done():
+                request.answer.set_exception(DisconnectedError(sentence))
+
     @property
     def present(self) -> set[tuple[Role, int]]:
         """Workers that have said Hello."""
@@ -223,10 +241,16 @@ class Hub:
         if peer != f"{hello.role}-{hello.index}".encode():
             self._refuse(peer, f"Hello of {hello.role}-{hello.index}, which is not the name of its connection")
             return
-        self._peers[hello.role, hello.index] = (peer, hello)
+        who = hello.role, hello.index
+        if who in self._peers:
+            self._give_up(peer, f"{peer.decode()} was started again")
+        self._peers[who] = (peer, hello)
         if hello.role == "trainer":
             self._inboxes.setdefault(peer, BoundedQueue(f"trainer-{hello.index}", _INBOX))
             self._saves.setdefault(hello.index, BoundedQueue(f"trainer-{hello.index} saves", _INBOX))
+        elif who in self._known:
+            self.on_return(peer, hello)
+        self._known.add(who)
         self._arrivals.notify()
 
     def _answer(self, peer: bytes, message: GroupDone | Demonstrations) -> None:
@@ -251,8 +275,10 @@ class Hub:
 
     def _fail(self, peer: bytes, failure: Failed) -> None:
         worker = peer.decode(errors="replace")
-        if failure.fatal or peer in self._inboxes:
+        if failure.fatal:
             raise RunError(f"{worker} cannot go on: {failure.error}")
+        if peer in self._inboxes:
+            raise InfrastructureError(f"{worker} cannot go on: {failure.error}")
         request = self._asked_of(peer, failure.request)
         if request is not None:
             request.answer.set_exception(InfrastructureError(f"{worker}: {failure.error}"))

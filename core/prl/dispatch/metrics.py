@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,11 @@ _MEANS = {
     "entropy": ("entropy", "entropy/count"),
 }
 """Metric -> names of the sum and of the count that trainer ranks report."""
+_ROUTED = ("replayed", "missing", "refused")
+_PRIVATE = "throughput/"
+"""Prefix of what ranks report for others to be computed from."""
+_COMPUTING = ("forward_backward", "optimizer")
+"""Phases of a rank that are a step's own."""
 
 
 def trainer_metrics(batch: Batch, reports: Sequence[StepDone]) -> dict[str, float]:
@@ -28,7 +33,41 @@ def trainer_metrics(batch: Batch, reports: Sequence[StepDone]) -> dict[str, floa
             sums[name] += value
     metrics = {name: sums[name] / _stream_tokens(name, batch) for name in sums if name.startswith("loss/")}
     metrics |= {name: sums[total] / sums[count] for name, (total, count) in _MEANS.items() if sums.get(count)}
-    return {**metrics, **reports[0].values, **_seconds(reports)}
+    values = {name: value for name, value in reports[0].values.items() if not name.startswith(_PRIVATE)}
+    routed = _route_metrics(sums)
+    return {**_throughput(reports, sums), **metrics, **routed, **values, **_seconds(reports), **_peaks(reports)}
+
+
+def _route_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the tokens whose experts the engine should have told; shares that differ are of those replayed."""
+    if not sums.get("routes/count"):
+        return {}
+    metrics = {f"routes/{name}": sums[f"routes/{name}"] / sums["routes/count"] for name in _ROUTED}
+    replayed = sums["routes/replayed"]
+    differ = {name: sums[name] / replayed for name in sums if name.startswith("routes/differ/")} if replayed else {}
+    metrics |= {**differ, "routes/differ": _mean(differ.values())} if differ else {}
+    if sums.get("routes_fresh/count"):
+        metrics["routes/differ_fresh"] = sums["routes_fresh/differ"] / sums["routes_fresh/count"]
+    return metrics
+
+
+def _throughput(reports: Sequence[StepDone], sums: Mapping[str, float]) -> dict[str, float]:
+    """Per device, while the slowest rank computes; `mfu` where the device is known."""
+    seconds = max(sum(report.seconds.get(phase, 0.0) for phase in _COMPUTING) for report in reports)
+    if seconds <= 0 or not sums.get("throughput/tokens"):
+        return {}
+    per_device = 1 / seconds / len(reports)
+    metrics = {"tokens/per_second_per_device": sums["throughput/tokens"] * per_device}
+    if flops := sums.get("throughput/flops"):
+        metrics["flops/per_second_per_device"] = flops * per_device
+        if peak := reports[0].values.get("throughput/peak"):
+            metrics["mfu"] = flops * per_device / peak
+    return metrics
+
+
+def _peaks(reports: Sequence[StepDone]) -> dict[str, float]:
+    names = {name for report in reports for name in report.peaks}
+    return {name: max(report.peaks.get(name, 0.0) for report in reports) for name in sorted(names)}
 
 
 def _stream_tokens(name: str, batch: Batch) -> int:

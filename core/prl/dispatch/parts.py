@@ -18,6 +18,7 @@ from prl.compose.compose import Composition
 from prl.compose.origin import identity
 from prl.dispatch import checkpoint
 from prl.dispatch.batches import BatchFormer
+from prl.dispatch.casualties import Survivors
 from prl.dispatch.checkpoint import Checkpoints, ControllerState, Restored
 from prl.dispatch.dispatcher import Dispatcher
 from prl.dispatch.engines import Engine, EnginePool
@@ -37,10 +38,12 @@ from prl.ledger import facts
 from prl.ledger.writer import Ledger
 from prl.messages import Hello, Role, RunGroup
 from prl.providers import Engine as EngineProvider
-from prl.providers import RolloutScheduler
+from prl.providers import EngineClient, RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
+from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.score.credit_state import CreditState
+from prl.supervise.casualties import condemn
 from prl.types import TaskRef
 from prl.weights.publish import Publisher
 
@@ -64,6 +67,9 @@ async def roll_call(hub: Hub, composition: Composition) -> dict[Role, list[tuple
     expected = expected_workers(composition)
     try:
         async with asyncio.timeout(_STARTUP_SECONDS):
+            for role, n in expected.items():
+                for index in range(n):
+                    await hub.hello(role, index)
             return {role: [await hub.hello(role, index) for index in range(n)] for role, n in expected.items()}
     except TimeoutError:
         absent = [f"{r}-{i}" for r, n in expected.items() for i in range(n) if (r, i) not in hub.present]
@@ -75,7 +81,9 @@ async def roll_call(hub: Hub, composition: Composition) -> dict[Role, list[tuple
 def local_runner(composition: Composition, run_dir: RunDir) -> GroupRunner | None:
     """The cheap environments, built in this process; None when there is none."""
     names = environment_names(composition, cheap=True)
-    return GroupRunner(composition, composition.run, run_dir.token(), environments=names) if names else None
+    if not names:
+        return None
+    return GroupRunner(composition, composition.run, run_dir.token(), columns=run_dir.columns, environments=names)
 
 
 # --- what the controller is made of -----------------------------------------------------------------------------------
@@ -93,6 +101,7 @@ class Parts:
     evaluator: Evaluator
     checkpoints: Checkpoints
     sweep: ColumnSweep
+    survivors: Survivors
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -144,31 +153,42 @@ class Assembly:
             evaluator=self._evaluator(placement),
             checkpoints=self._checkpoints(trainer, state, dispatcher),
             sweep=ColumnSweep(folder=ColumnFolder(self.run_dir.columns), feed=state.feed, progress=progress),
+            survivors=Survivors(
+                engines=engines,
+                environments=environments,
+                connect=self._connect,
+                place=self._place,
+                sizes=self._sizes(),
+            ),
         )
 
     # --- engines and environments ----------------------------------------------------------------------------------
     def _engines(self) -> Iterator[Engine]:
+        for index, (_, hello) in enumerate(self.workers["engine"]):
+            yield Engine(index=index, url=hello.url, client=self._connect(hello.url))
+
+    def _connect(self, url: str) -> EngineClient:
         provider = self.composition.provider(self.composition.run.engine)
         assert isinstance(provider, EngineProvider)
-        connect = self.composition.load(provider.connect)
-        for index, (_, hello) in enumerate(self.workers["engine"]):
-            yield Engine(index=index, url=hello.url, client=connect(hello.url, self.run_dir.token()))
+        client: EngineClient = self.composition.load(provider.connect)(url, self.run_dir.token())
+        return client
 
     def _places(self) -> Iterator[Place]:
         if self.runner is not None:
             yield Place(name="controller", runner=self.runner, environments=_names(self.runner.sizes()))
         for peer, hello in self.workers["environment"]:
-            runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained)
-            yield Place(name=peer.decode(), runner=runner, environments=_names(hello.sizes))
+            yield self._place(peer, hello)
+
+    def _place(self, peer: bytes, hello: Hello) -> Place:
+        runner = RemoteRunner(self.hub, peer, lambda: self.reporter.progress.trained, replayed(self.composition))
+        return Place(name=peer.decode(), runner=runner, environments=_names(hello.sizes))
 
     def _placed(self, engines: EnginePool) -> Callable[[RunGroup, str], None]:
-        indices = {engine.url: engine.index for engine in engines.engines}
-
         def record(request: RunGroup, worker: str) -> None:
             if request.task.split == "train":
                 fact = facts.Placed(
                     group_id=request.group_id,
-                    engine=indices[request.engine],
+                    engine=next(engine.index for engine in engines.engines if engine.url == request.engine),
                     worker=worker,
                     version=request.version,
                 )
@@ -227,6 +247,7 @@ class Assembly:
             progress=state.progress,
             ledger=self.ledger,
             rollouts=run.rollouts,
+            most_lost=run.failures.share,
             seed=run.run.seed,
             clock=time.monotonic,
             on_group=lambda group, version: hooks.call("prl_group_done", group=group, version=version),
@@ -240,6 +261,7 @@ class Assembly:
             deadline=self.composition.run.weights.deadline,
             on_served=self.on_served,
             retire=trainer.retire,
+            condemn=lambda engine, reason: condemn(self.run_dir, f"engine-{engine}", reason),
         )
 
     def _evaluator(self, placement: Placement) -> Evaluator:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from prl.dispatch.engines import Attempt, Engine, EnginePool
 from prl.dispatch.environments import EnvironmentPool
 from prl.dispatch.feed import Issue
+from prl.dispatch.hub import DisconnectedError
 from prl.errors import InfrastructureError
 from prl.messages import RunGroup
 from prl.types import Group, Sampling
@@ -56,6 +57,8 @@ class Placement:
             reason = attempt.cut_reason or "timeout"
             sentence = f"group {issue.group_id} was cut ({reason})"
             raise GroupLostError(reason, sentence, cut=bool(attempt.cut_reason)) from error
+        except DisconnectedError as error:
+            raise GroupLostError("environment", f"group {issue.group_id}: {error}", cut=True) from error
         except InfrastructureError as error:
             raise GroupLostError("environment", f"group {issue.group_id}: {error}") from error
         finally:

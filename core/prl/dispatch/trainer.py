@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import attrs
 
 from prl.checkpoint_dir import FileRecord
 from prl.dispatch.hub import DisconnectedError, Hub
-from prl.errors import RunError
+from prl.errors import InfrastructureError, RunError
 from prl.messages import Publish, Retire, Save, StepDone, TrainStep
 from prl.types import Batch, Manifest
 
+_FIRST_STEP_SECONDS = 3600.0
+_TIMES_LONGER = 10
 _LAUNCHER_SECONDS = 60.0  # a rank's death reaches the launcher through its agent, which first ends the other ranks
 
 
@@ -22,21 +25,43 @@ class Trainer:
     """All ranks. Steps and publications are awaited one after the other; a save is awaited while they go on.
 
     Where a rank is gone, its launcher knows of what it died and ends the run with that: the controller waits for it,
-    `patience` seconds, before it gives its own word, which is only that the rank is gone.
+    `patience` seconds, before it gives its own word, which is only that the rank is gone. Ranks that live and do not
+    come to the end of a step, as when they wait for each other, are given up after a time derived from the steps
+    before: `_TIMES_LONGER` what the slowest token took so far, and `patience`.
     """
 
     def __init__(self, hub: Hub, peers: Sequence[bytes], *, patience: float = _LAUNCHER_SECONDS) -> None:
         self._hub = hub
         self._patience = patience
+        self._seconds_per_token = 0.0
+        """Of the slowest step."""
         self._peers = tuple(peers)
         """By rank."""
 
     async def step(self, batch: Batch, *, learning_rate: float, publish: bool) -> list[StepDone]:
-        """Train one step, each rank on its own micro-batches; what every rank reports."""
+        """Train one step, each rank on its own micro-batches; what every rank reports.
+
+        InfrastructureError when it takes far longer than the steps before.
+        """
         for peer, micro_batches in zip(self._peers, batch.ranks, strict=True):
             share = attrs.evolve(batch, ranks=(micro_batches,))
             await self._send(peer, TrainStep(batch=share, learning_rate=learning_rate, publish=publish))
-        return await self._reports()
+        started, tokens = time.monotonic(), max(1, sum(len(micro.tokens) for rank in batch.ranks for micro in rank))
+        allowed = self._allowed(tokens)
+        try:
+            async with asyncio.timeout(allowed):
+                reports = await self._reports()
+        except TimeoutError:
+            sentence = f"step {batch.step} of {tokens} tokens was not trained within {allowed:.0f} s"
+            raise InfrastructureError(f"{sentence}; `prl logs trainer` shows what the ranks do") from None
+        self._seconds_per_token = max(self._seconds_per_token, (time.monotonic() - started) / tokens)
+        return reports
+
+    def _allowed(self, tokens: int) -> float:
+        """Seconds for a step; the first may have to compile."""
+        if not self._seconds_per_token:
+            return _FIRST_STEP_SECONDS
+        return self._patience + _TIMES_LONGER * self._seconds_per_token * tokens
 
     async def publish(self) -> Manifest:
         """Have the weights the trainer holds sent through the transport."""

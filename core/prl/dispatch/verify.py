@@ -15,14 +15,16 @@ import numpy as np
 
 from prl.errors import InfrastructureError
 from prl.messages import RunGroup
+from prl.routes import Routing, suits
 from prl.types import Group, Rollout, Sample
 
 _DEEPEST = 32
 """Levels of a message's content; JSON that goes deeper cannot be written down."""
 
 
-def verify_group(group: Group, request: RunGroup, newest: int) -> None:
-    """InfrastructureError unless the group is what `request` asks for; no engine has a version after `newest`."""
+def verify_group(group: Group, request: RunGroup, newest: int, routing: Routing | None = None) -> None:
+    """InfrastructureError unless the group is what `request` asks for; no engine has a version after `newest`, and
+    routes are those of a model with `routing`."""
     asked = (request.group_id, request.task, request.attempt, request.version)
     _require(
         (group.group_id, group.task, group.attempt, group.started_version) == asked,
@@ -37,6 +39,7 @@ def verify_group(group: Group, request: RunGroup, newest: int) -> None:
     )
     for rollout in group.rollouts:
         _verify_rollout(rollout, request, newest)
+        _verify_large(rollout, request, routing)
 
 
 def verify_samples(samples: Sequence[Sample]) -> None:
@@ -78,10 +81,19 @@ def _verify_rollout(rollout: Rollout, request: RunGroup, newest: int) -> None:
         f"{what} has a turn outside its {length} tokens",
     )
     _require(all(_is_plain(message, _DEEPEST) for message in rollout.messages), f"{what} has a message that is no JSON")
+
+
+def _verify_large(rollout: Rollout, request: RunGroup, routing: Routing | None) -> None:
+    what, length = f"rollout {rollout.rollout_id}", len(rollout.tokens)
     own = f"{request.group_id}.{request.attempt}."
+    for pieces in rollout.large.values():
+        _require(
+            all(piece.shape and piece.file.startswith(own) for piece in pieces)
+            and sum(piece.shape[0] for piece in pieces) == length,
+            f"{what} refers to large columns that are not its own",
+        )
     _require(
-        all(column.shape[:1] == (length,) and column.file.startswith(own) for column in rollout.large.values()),
-        f"{what} refers to large columns that are not its own",
+        suits(rollout.large, routing), f"{what} has large columns {sorted(rollout.large)} unlike the model's routes"
     )
 
 

@@ -68,10 +68,17 @@ class WarmupBatches:
         )
 
     async def _demonstrations(self, tasks: list[TaskRef]) -> list[Sample]:
-        try:
-            samples = await self.environments.demonstrate(tasks)
-        except* InfrastructureError as errors:
-            raise RunError(f"the warm-up needs demonstrations and got none: {errors.exceptions[0]}") from errors
+        samples = await self._demonstrated(tasks)
         if not any(weights.any() for sample in samples for weights in sample.weights.values()):
             raise RunError("the environments demonstrate nothing; set warmup.steps = 0 to start without a warm-up")
         return samples
+
+    async def _demonstrated(self, tasks: list[TaskRef]) -> list[Sample]:
+        """Asked again, of whoever is there then, as often as a rollout is."""
+        failure: BaseException | None = None
+        for _ in range(self.run.rollouts.retries + 1):
+            try:
+                return await self.environments.demonstrate(tasks)
+            except* InfrastructureError as errors:
+                failure = errors.exceptions[0]
+        raise RunError(f"the warm-up needs demonstrations and got none: {failure}")

@@ -23,7 +23,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from prl.types import Batch, ColumnReference, ContextShard, Manifest, MicroBatch
+from prl.types import Batch, ContextShard, Manifest, MicroBatch, Pieces
 
 GENESIS = ""
 
@@ -68,12 +68,13 @@ def _add_columns(digest: Hash, micro_batch: MicroBatch) -> None:
                 _add_column(digest, part)
 
 
-def _add_column(digest: Hash, column: NDArray[Any] | ColumnReference | ContextShard | None) -> None:
-    """A column that travels by reference counts with its checksum; where it rests does not."""
+def _add_column(digest: Hash, column: NDArray[Any] | Pieces | ContextShard | None) -> None:
+    """A column that travels by reference counts with its checksums; where it rests does not."""
     if isinstance(column, np.ndarray):
         digest.update(f"{column.dtype.str} {column.shape}\n".encode())
         digest.update(np.ascontiguousarray(column).data)
     elif isinstance(column, ContextShard):
         digest.update(f"{column}\n".encode())
     elif column is not None:
-        digest.update(f"{column.dtype} {column.shape} {column.checksum}\n".encode())
+        pieces = "".join(f"{piece.dtype} {piece.shape} {piece.checksum}\n" for piece in column)
+        digest.update((pieces or "none\n").encode())

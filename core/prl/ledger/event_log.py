@@ -86,7 +86,7 @@ class EventLog:
             self._file.close()
 
     def _keep_columns(self, group: Group) -> None:
-        names = {column.file for rollout in group.rollouts for column in rollout.large.values()}
+        names = {piece.file for rollout in group.rollouts for pieces in rollout.large.values() for piece in pieces}
         folder = columns_of(self.run_dir, self._launch)
         if names:
             folder.mkdir(exist_ok=True)

@@ -100,6 +100,7 @@ class Stage:
             engines=engines,
             progress=progress,
             ledger=witness,
+            most_lost=run.failures.share,
             rollouts=run.rollouts,
             seed=run.run.seed,
             clock=clock,
@@ -250,8 +251,9 @@ class Reenactment:
 
     def _require_columns(self, batch: Batch) -> None:
         micro_batches = [micro_batch for rank in batch.ranks for micro_batch in rank]
-        columns = [column for micro in micro_batches for named in micro.large.values() for column in named if column]
-        if missing := {column.file for column in columns} - set(self.columns.files() if columns else ()):
+        samples = [pieces for micro in micro_batches for named in micro.large.values() for pieces in named]
+        files = {piece.file for pieces in samples for piece in pieces}
+        if missing := files - set(self.columns.files() if files else ()):
             raise RunError(
                 f"step {batch.step} was trained with columns that the log does not keep ({min(missing)}, ...): it can "
                 'be replayed where the run has run.event_log = "all"'

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cattrs
 
+from prl import network
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.origin import identity
@@ -45,7 +46,7 @@ async def act(composition: Composition, run_dir: RunDir, order: Order) -> Report
     acted: list[Reenactment] = []
     difference, sentence = None, ""
     try:
-        async with Hub(run_dir) as hub, asyncio.TaskGroup() as tasks:
+        async with Hub(run_dir, network.address(composition.run)) as hub, asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(hub.serve())
             try:
                 trainer = await _trainer(hub, composition, head(Path(order.log))[1].step)

@@ -21,6 +21,7 @@ import numpy as np
 from prl.errors import UserError
 from prl.providers import Renderer, Score
 from prl.rollout.policy import Siblings
+from prl.routes import RouteRecord
 from prl.types import Completion, Message, Rollout, Sampling, StopReason, Turn, as_tokens
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: turns of one rollout and seeds of siblings stay far apart
@@ -88,6 +89,8 @@ class Conversation:
         self._sequence_length = sequence_length
         self._tokens: list[int] = []
         self._completions: list[Completion] = []
+        self.routes = RouteRecord()
+        """Which experts its tokens were sent to, where the run replays that."""
         self._asking = False
         self._no_room = False
 
@@ -148,7 +151,11 @@ class Conversation:
         self._tokens += extension
         try:
             return await self._siblings.later(
-                self._tokens, self._turn_sampling(room), stop=self._renderer.stop_tokens, session=self.rollout_id
+                self._tokens,
+                self._turn_sampling(room),
+                stop=self._renderer.stop_tokens,
+                session=self.rollout_id,
+                routed=self.routes.known,
             )
         except BaseException:  # the turn did not happen: an environment that survives this may ask again
             del self._tokens[length:]
@@ -175,6 +182,7 @@ class Conversation:
         start = len(self._tokens)
         self._tokens += completion.tokens.tolist()
         self._completions.append(completion)
+        self.routes.add(completion.routes)
         self.turns.append(Turn(start=start, end=len(self._tokens), stop=completion.stop))
         reply = self._renderer.parse(self._tokens[start:])
         self.messages += (*messages, reply)

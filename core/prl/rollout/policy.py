@@ -15,6 +15,7 @@ import attrs
 
 from prl.errors import InfrastructureError
 from prl.providers import EngineClient
+from prl.routes import Routing, checked
 from prl.types import Completion, Sampling, StopReason
 
 Connect: TypeAlias = Callable[[str, str], EngineClient]
@@ -26,11 +27,15 @@ class EngineError(InfrastructureError):
 
 
 class Policy:
-    """Clients of the engines, one per URL, connected when first asked and kept until `aclose`."""
+    """Clients of the engines, one per URL, connected when first asked and kept until `aclose`.
 
-    def __init__(self, connect: Connect, token: str) -> None:
+    `routing` is that of a model whose routes the run replays.
+    """
+
+    def __init__(self, connect: Connect, token: str, *, routing: Routing | None = None) -> None:
         self._connect = connect
         self._token = token
+        self.routing = routing
         self._clients: dict[str, EngineClient] = {}
 
     async def generate(
@@ -42,20 +47,28 @@ class Policy:
         engine: str,
         n: int = 1,
         session: str = "",
+        routes_from: int | None = None,
     ) -> list[Completion]:
         """`n` continuations of prompt by the engine at URL `engine`, each at least one token long.
 
-        EngineError when it cannot answer or was told to abort. Cancelling the task aborts the request.
+        Their routes, where asked for, are of the model's layers in the model's order. EngineError when it cannot answer
+        or was told to abort. Cancelling the task aborts the request.
         """
         try:
             client = self._clients.get(engine)
             if client is None:
                 client = self._clients[engine] = self._connect(engine, self._token)
-            completions = await client.generate(prompt, sampling, stop=stop, n=n, session=session)
+            completions = await client.generate(
+                prompt, sampling, stop=stop, n=n, session=session, routes_from=routes_from
+            )
+            _check(completions, n, engine)
+            if routes_from is None or self.routing is None:
+                return completions
+            return await asyncio.to_thread(_with_checked_routes, completions, self.routing, len(prompt))
+        except EngineError:
+            raise
         except InfrastructureError as error:
             raise EngineError(f"engine {engine}: {error}") from error
-        _check(completions, n, engine)
-        return completions
 
     async def aclose(self) -> None:
         clients, self._clients = self._clients, {}
@@ -74,6 +87,13 @@ def _check(completions: Sequence[Completion], n: int, engine: str) -> None:
         columns = {len(completion.tokens), len(completion.logprobs), len(completion.versions)}
         if len(columns) != 1:
             raise EngineError(f"engine {engine} returned a completion whose columns differ in length: {columns}")
+
+
+def _with_checked_routes(completions: Sequence[Completion], routing: Routing, prompt: int) -> list[Completion]:
+    return [
+        c if c.routes is None else attrs.evolve(c, routes=checked(c.routes, routing, tokens=prompt + len(c.tokens)))
+        for c in completions
+    ]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -100,8 +120,9 @@ class Siblings:
     them live in the group's TaskGroup: they end with it, and a request ends early when nobody waits for it any more.
     """
 
-    def __init__(self, policy: Policy, *, engine: str, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, policy: Policy, *, engine: str, tasks: asyncio.TaskGroup, routes: bool = False) -> None:
         self._policy = policy
+        self._routes = routes
         self._engine = engine
         self._tasks = tasks
         self._waiting: list[_Request] = []
@@ -119,10 +140,20 @@ class Siblings:
         return await answer
 
     async def later(
-        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], session: str
+        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], session: str, routed: int = 0
     ) -> Completion:
-        """A later turn: its prompt extends the tokens of the turn before, which no sibling shares."""
-        (completion,) = await self._policy.generate(prompt, sampling, stop=stop, session=session, engine=self._engine)
+        """A later turn: its prompt extends the tokens of the turn before, which no sibling shares.
+
+        The routes of the first `routed` tokens are known.
+        """
+        (completion,) = await self._policy.generate(
+            prompt,
+            sampling,
+            stop=stop,
+            session=session,
+            engine=self._engine,
+            routes_from=routed if self._routes else None,
+        )
         return completion
 
     def _send_waiting(self) -> None:
@@ -143,7 +174,12 @@ class Siblings:
         first = run[0]
         try:
             completions = await self._policy.generate(
-                first.prompt, first.sampling, stop=first.stop, engine=self._engine, n=len(run)
+                first.prompt,
+                first.sampling,
+                stop=first.stop,
+                engine=self._engine,
+                n=len(run),
+                routes_from=0 if self._routes else None,
             )
         except Exception as error:  # belongs to whoever waits; the group's other requests go on
             for request in run:

@@ -13,10 +13,12 @@ import math
 import traceback
 from collections.abc import Awaitable, Collection, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import attrs
 import numpy as np
 
+from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
 from prl.errors import InfrastructureError, PrlError, UserError
@@ -25,6 +27,7 @@ from prl.providers import Engine, Env, Environment, Model, Renderer, Score
 from prl.rollout.conversation import Conversation, ConversationOver, Opening
 from prl.rollout.policy import EngineError, Policy, Siblings
 from prl.rollout.tokenizer import load
+from prl.routes import replayed, store
 from prl.types import Failure, Group, Rollout, Sample, Split, Task, TaskRef, as_tokens
 
 logger = logging.getLogger(__name__)
@@ -38,18 +41,21 @@ def environment_names(composition: Composition, *, cheap: bool) -> tuple[str, ..
 
 
 class GroupRunner:
-    """The environments of one process, and the policy they talk to.
+    """The environments of one process, and the policy they talk to. Large columns go to the folder `columns`.
 
     Example:
-        >>> runner = GroupRunner(composition, composition.run, token, environments=["guessing"])
+        >>> runner = GroupRunner(composition, run, token, columns=run_dir.columns, environments=["guessing"])
         >>> group = await runner.run(request)
         >>> group.rewards
         (1.0, 0.0, 0.8, 1.0)
         >>> await runner.aclose()
     """
 
-    def __init__(self, composition: Composition, run: Run, token: str, *, environments: Collection[str]) -> None:
+    def __init__(
+        self, composition: Composition, run: Run, token: str, *, columns: Path, environments: Collection[str]
+    ) -> None:
         self._rollouts = run.rollouts
+        self._columns = ColumnFolder(columns)
         self._renderer = _renderer(composition, run)
         self._policy = _policy(composition, run, token)
         self._environments: dict[str, Env] = {
@@ -71,6 +77,7 @@ class GroupRunner:
         env, task = self._task(request.task)
         conversations, failures = await self._converse(env, task, request)
         rollouts, unscored = await _score(env, task, conversations)
+        rollouts = await self._with_routes(rollouts, conversations, request)
         return Group(
             group_id=request.group_id,
             task=request.task,
@@ -110,7 +117,8 @@ class GroupRunner:
     async def _converse(self, env: Env, task: Task, request: RunGroup) -> tuple[list[Conversation], list[Failure]]:
         """The siblings' conversations that came to their end, and the failures of the others."""
         async with asyncio.TaskGroup() as tasks:
-            siblings = Siblings(self._policy, engine=request.engine, tasks=tasks)
+            routes = self._policy.routing is not None and request.task.split == "train"
+            siblings = Siblings(self._policy, engine=request.engine, tasks=tasks, routes=routes)
             opening = Opening(self._renderer)
             conversations = [
                 Conversation(
@@ -127,6 +135,21 @@ class GroupRunner:
         outcomes = [_outcome(c, h) for c, h in zip(conversations, holding, strict=True)]
         finished = [c for c, outcome in zip(conversations, outcomes, strict=True) if outcome is None]
         return finished, [outcome for outcome in outcomes if outcome is not None]
+
+    async def _with_routes(
+        self, rollouts: Sequence[Rollout], conversations: Sequence[Conversation], request: RunGroup
+    ) -> list[Rollout]:
+        """The rollouts with references to their routes, which are written to disk beside the event loop."""
+        records = {conversation.rollout_id: conversation.routes for conversation in conversations}
+
+        def write(rollout: Rollout) -> Rollout:
+            columns = records[rollout.rollout_id].columns(len(rollout.tokens))
+            opening = rollout.turns[0].start
+            names = {"group_id": request.group_id, "attempt": request.attempt}
+            return attrs.evolve(rollout, large=store(columns, self._columns, opening=opening, **names))
+
+        routed = any(record.turns for record in records.values())
+        return await asyncio.to_thread(lambda: list(map(write, rollouts))) if routed else list(rollouts)
 
     def _demonstration(self, ref: TaskRef) -> Sample:
         env, task = self._task(ref)
@@ -156,7 +179,7 @@ def _renderer(composition: Composition, run: Run) -> Renderer:
 def _policy(composition: Composition, run: Run, token: str) -> Policy:
     engine = composition.provider(run.engine)
     assert isinstance(engine, Engine)
-    return Policy(composition.load(engine.connect), token)
+    return Policy(composition.load(engine.connect), token, routing=replayed(composition))
 
 
 # --- one rollout ------------------------------------------------------------------------------------------------------

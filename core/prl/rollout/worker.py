@@ -45,7 +45,8 @@ async def _build(composition: Composition, run_dir: RunDir, connection: AsyncCon
     """The environments; what keeps them from being built ends the run with its reason."""
     names = environment_names(composition, cheap=False)
     try:
-        return GroupRunner(composition, composition.run, run_dir.token(), environments=names)
+        token = run_dir.token()
+        return GroupRunner(composition, composition.run, token, columns=run_dir.columns, environments=names)
     except PrlError as error:
         await connection.send(Failed(error=str(error), fatal=True))
         raise

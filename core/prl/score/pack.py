@@ -142,7 +142,7 @@ def _micro_batch(samples: Sequence[Sample], streams: Sequence[Stream], with_refe
         sampled=column(np.bool_, (s.sampled for s in samples)),
         weights={stream: column(np.float32, (s.weights.get(stream) for s in samples)) for stream in streams},
         ref_logprobs=column(np.float32, (s.ref_logprobs for s in samples)) if with_reference else None,
-        large={name: tuple(s.large.get(name) for s in samples) for name in _large_names(samples)},
+        large={name: tuple(s.large.get(name, ()) for s in samples) for name in _large_names(samples)},
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prl.blocks import checkpoint as huggingface
+from prl.blocks.form import Form
 from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.blocks.sharded import full
 from prl.types import Manifest
@@ -30,7 +31,9 @@ class Exporter:
     sender: WeightSender | None
     """None on every rank but the one that publishes."""
     float32: tuple[str, ...] = ()
-    """Endings of the names of module tensors that travel as they are."""
+    """Endings of the names of tensors that travel as they are."""
+    unquantized: tuple[str, ...] = ()
+    """Regular expressions for the names of matrices that are only cast."""
 
     def publish(self, version: int) -> Manifest | None:
         """Take part in sending `version`; the manifest on the rank that publishes."""
@@ -48,12 +51,10 @@ class Exporter:
             self.sender.close()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        form = Form(number_format=self.number_format, float32=self.float32, unquantized=self.unquantized)
         for name, tensor in _whole(self.model):
             for hf_name, hf_tensor in self.weight_map.to_hf(name, tensor):
-                if name.endswith(self.float32):
-                    yield hf_name, hf_tensor
-                else:
-                    yield from self.number_format.export(hf_name, hf_tensor)
+                yield from form.apply(hf_name, hf_tensor)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -68,6 +69,8 @@ class HuggingFaceExport:
     """The tokenizer.json that goes with it."""
     origin: Path | None = None
     """The checkpoint the run started from, for the tensors that the weight map carries."""
+    origin_format: NumberFormat | None = None
+    """What decodes it."""
 
     def collect(self, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Take part in making the weights whole, as they are now, in the host memory of the rank that writes.
@@ -84,7 +87,9 @@ class HuggingFaceExport:
         """Write what was collected into the folder `huggingface` of a checkpoint, while training goes on."""
         folder = checkpoint / "huggingface"
         shutil.rmtree(folder, ignore_errors=True)
-        huggingface.save(whole.items(), self.weight_map, folder, origin=self.origin)
+        huggingface.save(
+            whole.items(), self.weight_map, folder, origin=self.origin, origin_format=self.origin_format
+        )
         if self.tokenizer is not None:
             shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
 

@@ -1,15 +1,23 @@
-"""How the ranks of a trainer on one host find each other: a key-value store that listens on loopback alone.
+"""How the ranks of a trainer find each other: a key-value store on one address of the run's network, and nowhere else.
 
-torch's own rendezvous opens its store on every interface of the host, and the store asks nobody for a secret. This one
-hands torch a socket that is already bound to loopback. Knows nothing of ranks' work; called by `prl.train.agent`.
+    agent 0      binds the store to a free port of its address, and writes rendezvous.json
+    agent 1..    read rendezvous.json; every agent's ranks connect to the store
+
+torch's own rendezvous opens its store on every interface of the host and on a port that is given or random on one host;
+this one hands torch a socket that is bound already, and the run directory carries the port. The store asks nobody for a
+secret. Knows nothing of ranks' work; called by `prl.train.agent`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import socket
+import time
 from collections.abc import MutableMapping
+from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+import attrs
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -18,22 +26,37 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-LOOPBACK = "127.0.0.1"
-BACKEND = "prl-loopback"
+from prl import network
+from prl.errors import InfrastructureError
+from prl.run_dir import RunDir, read_json
+
+BACKEND = "prl"
 """Name of the rendezvous in torch's registry."""
+_PATIENCE = 600.0  # seconds for the agents to find each other: nodes load Python at their own pace
+_POLL_SECONDS = 0.1
+_CONNECT_TIME = timedelta(seconds=5)
 
 
-class LoopbackRendezvous(RendezvousHandler):
-    """One agent, which keeps the store for its ranks as long as it lives."""
+@attrs.frozen(kw_only=True)
+class Meeting:
+    """Which agents meet, and where."""
 
-    def __init__(self, run_id: str) -> None:
-        listener = socket.create_server((LOOPBACK, 0))
+    node: int = 0
+    """This agent among them."""
+    nodes: int = 1
+    address: str = network.LOOPBACK
+    """Of this host, on the run's network."""
+    run_dir: RunDir | None = None
+    """Its rendezvous.json tells the other agents where the store is; None for an agent alone."""
+
+
+class StoreRendezvous(RendezvousHandler):
+    """One agent of the meeting; the first keeps the store for as long as it lives."""
+
+    def __init__(self, meeting: Meeting, run_id: str) -> None:
+        self._meeting = meeting
         self._run_id = run_id
-        self._port: int = listener.getsockname()[1]
-        # From here on the store owns the descriptor and closes it.
-        self._store = TCPStore(
-            LOOPBACK, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._host, self._port, self._store = _open(meeting) if meeting.node == 0 else _join(meeting)
 
     def get_backend(self) -> str:
         return BACKEND
@@ -45,7 +68,8 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         store = PrefixStore(self._run_id, self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
+        where = RendezvousStoreInfo(self._host, self._port)
+        return RendezvousInfo(store, self._meeting.node, self._meeting.nodes, where)
 
     def is_closed(self) -> bool:
         return False
@@ -63,21 +87,54 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
+def _open(meeting: Meeting) -> tuple[str, int, Store]:
+    listener = socket.create_server((meeting.address, 0))
+    port: int = listener.getsockname()[1]
+    # From here on the store owns the descriptor and closes it.
+    store = TCPStore(meeting.address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    if meeting.run_dir is not None:
+        where = {"host": meeting.address, "port": port, "attempt": _attempt(meeting.run_dir)}
+        meeting.run_dir.write_json(meeting.run_dir.rendezvous, where)
+    return meeting.address, port, store
+
+
+def _join(meeting: Meeting) -> tuple[str, int, Store]:
+    """What an earlier attempt left is waited past, and so is a store that is gone: the first agent may start again."""
+    assert meeting.run_dir is not None, "agents that are not alone meet through the run directory"
+    file, attempt = meeting.run_dir.rendezvous, _attempt(meeting.run_dir)
+    deadline, refused = time.monotonic() + _PATIENCE, f"{file} does not say where"
+    while time.monotonic() < deadline:
+        where = read_json(file) or {}
+        if where.get("attempt") == attempt:
+            host, port = where["host"], where["port"]
+            try:
+                return host, port, TCPStore(host, port, is_master=False, timeout=_CONNECT_TIME)
+            except RuntimeError as error:  # torch's network errors are all subclasses
+                refused = f"{host}:{port} cannot be reached from here: {error}"
+        time.sleep(_POLL_SECONDS)
+    raise InfrastructureError(f"no store of trainer-0 within {_PATIENCE:.0f} s: {refused}; see trainer-0's log")
+
+
+def _attempt(run_dir: RunDir) -> str:
+    """Names the attempt as its token does, without telling the token."""
+    return hashlib.sha256(run_dir.token().encode()).hexdigest()[:16]
+
+
 def register() -> None:
-    """Make `BACKEND` known to torch; once per process is enough, again does no harm."""
+    """Make `BACKEND` known to torch, which hands it the `meeting` of its configuration; again does no harm."""
     rendezvous_handler_registry.register(BACKEND, _create)
 
 
 def _create(parameters: RendezvousParameters) -> RendezvousHandler:
-    return LoopbackRendezvous(parameters.run_id)
+    return StoreRendezvous(parameters.config["meeting"], parameters.run_id)
 
 
-def keep_to_loopback(environment: MutableMapping[str, str]) -> None:
-    """Have gloo and NCCL, in processes with this environment, listen on loopback, unless it names an interface.
+def keep_to(address: str, environment: MutableMapping[str, str]) -> None:
+    """Have gloo and NCCL, in processes with this environment, listen on that address's interface, unless it names one.
 
-    Left alone, both listen where the host's name points to, which may be its address on a network.
+    Left alone, both listen where the host's name points to, which may be its address on another network.
     """
-    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if interface is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-        environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+    name = network.interface(address)
+    if name is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)
+        environment.setdefault("NCCL_SOCKET_IFNAME", name)

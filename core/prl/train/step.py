@@ -25,6 +25,7 @@ from prl.errors import RunError
 from prl.train.logprobs import TokenScores, token_scores
 from prl.train.parallel.context import ContextGroup
 from prl.train.parallel.gradients import clip_gradients
+from prl.train.routes import RouteReader
 from prl.train.rows import Rows, rows_of
 from prl.train.streams import (
     PredictedTokens,
@@ -44,6 +45,7 @@ class StepReport:
     sums: Mapping[str, float]
     values: Mapping[str, float]
     seconds: Mapping[str, float]
+    peaks: Mapping[str, float] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -61,6 +63,8 @@ class Stepper:
     """Compile what is done with the logits."""
     context: ContextGroup | None = None
     """Who shares this rank's sequences, and reports their sums if it is the first of them."""
+    routes: RouteReader | None = None
+    """Where the engine's choices of experts are replayed."""
 
     def step(self, batch: Batch, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepReport:
         """Train on this rank's `micro_batches`; every rank must bring the same number of them (they may be empty)."""
@@ -71,7 +75,8 @@ class Stepper:
         computed = time.perf_counter()
         grad_norm = self._move(batch.step, learning_rate)
         if self.context is not None and self.context.index:
-            sums.clear()
+            # Losses saw all ranks' tokens; routes are counted where they are followed.
+            sums = {name: total for name, total in sums.items() if name.startswith("routes")}
         totals = torch.stack(list(sums.values())).tolist() if sums else []
         return StepReport(
             sums=dict(zip(sums, totals, strict=True)),
@@ -82,7 +87,7 @@ class Stepper:
     def _accumulate(self, micro: MicroBatch, batch: Batch, sums: dict[str, Tensor]) -> None:
         """Forward and backward of one micro-batch; its sums are added to `sums`."""
         tokens = predicted_tokens(micro, batch.version, self.device)
-        scores = self._score(micro, tokens)
+        scores = self._score(micro, tokens, batch.version, sums)
         if self.context is not None:
             tokens, scores = brought_together(tokens, scores, self.context)
         # A sum over nothing: connects every parameter to the loss, so that a rank whose micro-batch trains no token
@@ -96,12 +101,18 @@ class Stepper:
         total.backward()  # type: ignore[no-untyped-call]
         _add_diagnostics(tokens, scores, sums)
 
-    def _score(self, micro: MicroBatch, tokens: PredictedTokens) -> TokenScores:
+    def _score(self, micro: MicroBatch, tokens: PredictedTokens, version: int, sums: dict[str, Tensor]) -> TokenScores:
         rows = rows_of(micro, share=getattr(self.model, "shares_prefixes", False))
         shared = self._shared(rows)
         with self.device:
             context = Context.packed(torch.tensor(rows.cu_seqlens, device="cpu"), shared, shard=self.context)
+        replaying = None
+        if self.routes is not None and (micro.large or micro.sampled.any()):
+            replaying = self.routes.read(micro)
+            context.routes = replaying.log(rows, self.device)
         hidden = self.model.hidden(torch.tensor(rows.tokens, dtype=torch.int64, device=self.device), context)
+        if replaying is not None and context.routes is not None:
+            replaying.add_sums(context.routes, shared, version, sums)
         return token_scores(
             hidden.index_select(0, tokens.rows if shared is None else shared.source[tokens.rows]),
             self.model.head(),

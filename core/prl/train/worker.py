@@ -22,23 +22,29 @@ import attrs
 import torch
 from torch import nn
 
-from prl.blocks import checkpoint
+from prl.blocks import checkpoint, kernels, rounding
 from prl.blocks.precision import cast
+from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
-from prl.errors import PrlError, RunError
+from prl.errors import PrlError, RunError, is_final
 from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
+from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.train import layers
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter, HuggingFaceExport
 from prl.train.layout import layout_of
 from prl.train.parallel.ranks import Ranks
+from prl.train.routes import RouteReader
 from prl.train.saver import Saver
 from prl.train.step import Stepper, StepReport
 from prl.train.streams import StreamLoss
+from prl.train.survey import survey
+from prl.train.throughput import Throughput
+from prl.train.tracing import traced
 from prl.types import STREAMS, Stream
 from prl.wire import Connection
 
@@ -60,7 +66,7 @@ def main(composition: Composition, run_dir: RunDir) -> int:
         if ranks.world_size > 1 and not isinstance(error, PrlError):
             # A peer that died breaks the collective this rank is in: the agent knows who was first, and ends the rest.
             time.sleep(_AGENT_SECONDS)
-        connection.send(Failed(error=reason, fatal=True))
+        connection.send(Failed(error=reason, fatal=is_final(error)))
         raise
     finally:
         connection.close()
@@ -75,6 +81,7 @@ class TrainerRank:
     ranks: Ranks
     connection: Connection
     stepper: Stepper
+    throughput: Throughput
     state: TrainerState
     exporter: Exporter
     saver: Saver
@@ -126,9 +133,15 @@ class TrainerRank:
         batch = order.batch
         if batch.version != self.version:
             raise RunError(f"step {batch.step} trains version {batch.version}, and this rank holds {self.version}")
-        report = self.stepper.step(batch, batch.ranks[0], order.learning_rate)
+        with traced(order.trace, self.ranks.rank):
+            report = self.stepper.step(batch, batch.ranks[0], order.learning_rate)
         self.version += 1
-        return report
+        return attrs.evolve(
+            report,
+            sums={**report.sums, **self.throughput.sums(batch.ranks[0])},
+            values={**report.values, **self.throughput.values()},
+            peaks=self.throughput.peaks(),
+        )
 
     def _save(self, step: int, path: Path) -> None:
         snapshot = self.state.snapshot(step=step, version=self.version)
@@ -150,6 +163,7 @@ class TrainerRank:
                 sums=report.sums,
                 values=report.values,
                 seconds=seconds,
+                peaks=report.peaks,
                 manifest=manifest,
             )
         )
@@ -159,6 +173,7 @@ class TrainerRank:
 def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: Connection) -> TrainerRank:
     """Model, optimizer, losses and transport of this rank, restored from a checkpoint where the run names one."""
     run = composition.run
+    kernels.install(composition, ranks.device)
     vocab_size = _vocab_size(composition)
     weight_map = composition.load(_model_provider(composition).weights)(run.model, vocab_size)
     number_format = composition.build(run.quantization)
@@ -180,17 +195,22 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             device=ranks.device,
             compiled=run.trainer.compile,
             context=ranks.context,
+            routes=_routes(composition, run_dir),
         ),
+        throughput=_throughput(composition, ranks, vocab_size, number_format),
         state=state,
         exporter=Exporter(
             model=model,
             weight_map=weight_map,
             number_format=number_format,
             float32=_model_provider(composition).float32,
+            unquantized=_model_provider(composition).unquantized,
             sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
         ),
         saver=Saver(functools.partial(Connection, run_dir, f"trainer-{ranks.rank}-checkpoints")),
-        huggingface=_huggingface(run, model, weight_map, ranks) if run.checkpoints.huggingface else None,
+        huggingface=_huggingface(run, model, weight_map, ranks, number_format)
+        if run.checkpoints.huggingface
+        else None,
         version=version,
     )
 
@@ -216,20 +236,39 @@ def _build_model(
         model: nn.Module = composition.build(run.model, vocab_size)
     cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
     if run.trainer.initial_weights:
-        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights))
+        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights), number_format=number_format)
+    if number_format.fake_quantization:
+        rounding.install(model, weight_map, number_format, unquantized=_model_provider(composition).unquantized)
     layers.apply(model, run.trainer)
     ranks.shard(model)
     return model
 
 
-def _huggingface(run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks) -> HuggingFaceExport:
+def _throughput(
+    composition: Composition, ranks: Ranks, vocab_size: int, number_format: NumberFormat
+) -> Throughput:
+    """Counts by a model without data, because parts of the real one may be elsewhere."""
+    build = functools.partial(composition.build, composition.run.model, vocab_size)
+    surveyed = survey(build, device="cuda", dtype=number_format.train_dtype)
+    return Throughput(survey=surveyed, device=ranks.device)
+
+
+def _huggingface(
+    run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks, number_format: NumberFormat
+) -> HuggingFaceExport:
     return HuggingFaceExport(
         model=model,
         weight_map=weight_map,
         writes=ranks.rank == 0,
         tokenizer=Path(run.tokenizer.file) if run.tokenizer.file else None,
         origin=Path(run.trainer.initial_weights) if run.trainer.initial_weights else None,
+        origin_format=number_format,
     )
+
+
+def _routes(composition: Composition, run_dir: RunDir) -> RouteReader | None:
+    routing = replayed(composition)
+    return None if routing is None else RouteReader(folder=ColumnFolder(run_dir.columns), routing=routing)
 
 
 def _losses(composition: Composition) -> dict[Stream, StreamLoss]:

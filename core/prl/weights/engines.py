@@ -17,8 +17,9 @@ from typing import cast
 
 import attrs
 
+from prl import network
 from prl.compose.compose import Composition
-from prl.errors import InfrastructureError
+from prl.errors import InfrastructureError, is_final
 from prl.messages import Failed, Hello, Stop
 from prl.providers import Engine, WeightReceiver, WeightTransport
 from prl.run_dir import RunDir
@@ -62,7 +63,7 @@ async def _work(composition: Composition, run_dir: RunDir, index: int) -> None:
 
 
 async def _serve(composition: Composition, run_dir: RunDir, index: int, connection: AsyncConnection) -> None:
-    """Run the provider's `serve`; it only ends by failing, and then takes the run down with its reason."""
+    """Run the provider's `serve`; it only ends by failing, and ends the run where a restart would not mend it."""
     run = composition.run
 
     async def announce(url: str) -> None:
@@ -78,7 +79,7 @@ async def _serve(composition: Composition, run_dir: RunDir, index: int, connecti
                     composition=composition,
                     run_dir=run_dir,
                     index=index,
-                    host=run.engine.host,
+                    host=run.engine.host or network.address(run),
                     token=run_dir.token(),
                     receiver=receiver,
                     announce=announce,
@@ -88,7 +89,7 @@ async def _serve(composition: Composition, run_dir: RunDir, index: int, connecti
             receiver.close()
         raise InfrastructureError(f"engine {index} stopped serving by itself")
     except Exception as error:  # whatever it is, the controller must know before this process is gone
-        await connection.send(Failed(error=_sentence(error), fatal=True))
+        await connection.send(Failed(error=_sentence(error), fatal=is_final(_first(error))))
         raise
 
 

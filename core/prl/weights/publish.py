@@ -32,7 +32,8 @@ class Publisher:
     """Brings every engine to the newest version, and knows which one all of them serve.
 
     `on_served(version, seconds)` is called when the last serving engine has acknowledged, `seconds` after the version
-    was announced; `retire(version)` for every version that no serving engine will ask for any more.
+    was announced; `retire(version)` for every version that no serving engine will ask for any more;
+    `condemn(index, reason)` for an engine that answers and takes no weights: its process is to be restarted.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Publisher:
         deadline: float,
         on_served: Callable[[int, float], None],
         retire: Callable[[int], Awaitable[None]],
+        condemn: Callable[[int, str], None],
         pause: float = 1.0,
     ) -> None:
         self._engines = engines
@@ -50,6 +52,7 @@ class Publisher:
         self._deadline = deadline
         self._on_served = on_served
         self._retire = retire
+        self._condemn = condemn
         self._pause = pause
         self._newest: Manifest | None = None
         self._announced: dict[int, float] = {}
@@ -63,7 +66,10 @@ class Publisher:
         self._change.notify()
 
     async def first(self, manifest: Manifest) -> None:
-        """Bring every engine to the version the run starts from; RunError when one of them cannot."""
+        """Bring every engine to the version the run starts from; RunError when one of them cannot.
+
+        An engine whose process dies meanwhile is waited for.
+        """
         self.announce(manifest)
         async with asyncio.TaskGroup() as updates:
             for engine in self._engines.engines:
@@ -71,11 +77,18 @@ class Publisher:
         await self._acknowledge()
 
     async def _first(self, engine: Engine, manifest: Manifest) -> None:
-        try:
-            await self._update(engine, manifest)
-        except InfrastructureError as error:
-            raise RunError(f"engine {engine.index} ({engine.url}) cannot load the first weights: {error}") from error
-        self._engines.rejoin(engine)
+        while not engine.serving:
+            client = engine.client
+            try:
+                await self._update(engine, manifest)
+            except InfrastructureError as error:
+                await asyncio.sleep(self._pause)  # by then it is known if its process is gone
+                if engine.client is client and not engine.absent:
+                    what = f"engine {engine.index} ({engine.url}) cannot load the first weights"
+                    raise RunError(f"{what}: {error}") from error
+                await self._change.until(lambda: not engine.absent)
+            else:
+                self._engines.rejoin(engine)
 
     # --- keepers ------------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -98,7 +111,10 @@ class Publisher:
         """The newest manifest, once the engine needs it."""
 
         def behind() -> bool:
-            return self._newest is not None and (not engine.serving or engine.version < self._newest.version)
+            newest = self._newest
+            return (
+                newest is not None and not engine.absent and not (engine.serving and engine.version >= newest.version)
+            )
 
         await self._change.until(behind)
         assert self._newest is not None, "behind() has seen it"
@@ -106,8 +122,11 @@ class Publisher:
 
     async def _update(self, engine: Engine, manifest: Manifest) -> None:
         seconds = self._deadline + manifest.nbytes / BYTES_PER_SECOND
-        await _within(seconds, engine.client.prepare(manifest), f"prepare of version {manifest.version}")
-        await _within(seconds, engine.client.commit(manifest.version), f"commit of version {manifest.version}")
+        client = engine.client
+        await _within(seconds, client.prepare(manifest), f"prepare of version {manifest.version}")
+        await _within(seconds, client.commit(manifest.version), f"commit of version {manifest.version}")
+        if engine.client is not client:
+            raise InfrastructureError(f"engine {engine.index} was started again during the update")
         self._engines.committed(engine, manifest.version)
 
     async def _succeeded(self, engine: Engine) -> None:
@@ -118,13 +137,20 @@ class Publisher:
 
     async def _failed(self, engine: Engine, error: InfrastructureError) -> None:
         self._engines.failed(engine, error)
-        if all(not other.serving and other.failures > _CATCH_UPS for other in self._engines.engines):
-            raise RunError(
-                f"no engine is left: engine {engine.index} ({engine.url}) failed {engine.failures} updates in a row, "
-                f"the last one because: {error}"
-            )
+        if engine.failures > _CATCH_UPS:
+            self._lost(engine, error)
         await self._acknowledge()
         await asyncio.sleep(self._pause * min(2 ** (engine.failures - 1), _LONGEST_PAUSE))
+
+    def _lost(self, engine: Engine, error: InfrastructureError) -> None:
+        """More of the same will not help it: its process is restarted, or, where no engine is left, the whole run."""
+        sentence = (
+            f"engine {engine.index} ({engine.url}) failed {engine.failures} updates in a row, the last one because"
+        )
+        if all(not other.serving and other.failures > _CATCH_UPS for other in self._engines.engines):
+            raise InfrastructureError(f"no engine is left: {sentence}: {error}")
+        if engine.failures == _CATCH_UPS + 1:
+            self._condemn(engine.index, f"{sentence}: {error}")
 
     async def _acknowledge(self) -> None:
         """Take note of what all serving engines hold by now."""

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
@@ -33,7 +33,7 @@ class Output(Protocol):
 Writer: TypeAlias = Callable[[BinaryIO, Iterable[tuple[str, Tensor]]], tuple[TensorRecord, ...]]
 """`write_raw` or `write_safetensors`."""
 ALIGNMENT = 64
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -65,7 +65,7 @@ def write_raw(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[Te
 def write_safetensors(file: Output, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
     """A safetensors file that any reader of the format understands; the tensors are held until all are known."""
     held = sorted(tensors, key=lambda item: -item[1].element_size())  # no gaps allowed, so wide elements go first
-    header = _safetensors_header(held)
+    header = safetensors_header(held)
     file.write(len(header).to_bytes(8, "little") + header)
     return tuple(_append(file, held, alignment=1))
 
@@ -145,12 +145,13 @@ def _append(file: Output, tensors: Iterable[tuple[str, Tensor]], *, alignment: i
         )
 
 
-def _safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
-    entries: dict[str, object] = {}
+def safetensors_header(tensors: Sequence[tuple[str, Tensor]], *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What comes after a file's first eight bytes, for tensors that lie one after the other in this order."""
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     start = 0
     for name, tensor in tensors:
         end = start + tensor.numel() * tensor.element_size()
-        dtype = _SAFETENSORS_DTYPES.get(tensor.dtype)
+        dtype = SAFETENSORS_DTYPES.get(tensor.dtype)
         if dtype is None:
             raise RunError(f"tensor {name} is {tensor.dtype}, which a safetensors file cannot hold")
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -45,6 +45,7 @@ def prl_engines() -> Iterable[Engine]:
             summary="the trainer's own modules: continuous batching, prefix reuse, in-flight weight updates",
             serve="prl_torch_engine.server:serve",
             connect="prl_torch_engine.client:connect",
+            reports_routes=True,
         )
     ]
 

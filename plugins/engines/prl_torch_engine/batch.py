@@ -15,7 +15,7 @@ from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.errors import InfrastructureError
 from prl.providers import LanguageModel
-from prl.types import Completion, Float32, Int32, StopReason
+from prl.types import Completion, Float32, Int32, Routes, StopReason
 from torch import Tensor
 
 from prl_torch_engine.requests import MAX_STOPS, Job, Sequence
@@ -136,7 +136,7 @@ class Batch:
             longest=invariance.enough_keys(window.past_max + 1, self._rows.length),
             decoding=True,
         )
-        hidden = self._model.hidden(window.last, context)
+        hidden = self._rows.hidden(self._model, window.last, context)
         window.past += 1
         window.past_min += 1
         window.past_max += 1
@@ -192,7 +192,20 @@ class Batch:
                 f"the model's logits are not finite at policy version {sequence.spans[-1][1]}: training has diverged, "
                 "or the weights are damaged"
             )
-        return Completion(tokens=tokens, logprobs=logprobs, versions=_versions(sequence, len(tokens)), stop=stop)
+        return Completion(
+            tokens=tokens,
+            logprobs=logprobs,
+            versions=_versions(sequence, len(tokens)),
+            stop=stop,
+            routes=self._routes(row),
+        )
+
+    def _routes(self, row: int) -> Routes | None:
+        """Of every token of the sequence in `row` that was computed, from where the request wants them."""
+        first = self.sequences[row].pending.request.routes_from
+        if first is None or self._rows.routes is None:
+            return None
+        return self._rows.routes.read(row, first, int(self._rows.past[row]))
 
     def stop_reason(self, row: int) -> StopReason:
         """Why the sequence in `row` ended."""

@@ -29,12 +29,20 @@ class TorchEngineClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int], n: int = 1, session: str = ""
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routes_from: int | None = None,
     ) -> list[Completion]:
         body = {
             "token_ids": [int(token) for token in prompt],
             "sampling_params": {**attrs.asdict(sampling), "n": n, "stop_token_ids": [int(token) for token in stop]},
             "session": session,
+            "routes_from": routes_from,
         }
         answer = await self._request("POST", "/inference/v1/generate", body, accept=MEDIA_TYPE)
         return list(unpack(answer).completions)

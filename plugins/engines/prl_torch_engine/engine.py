@@ -50,6 +50,7 @@ class Engine:
         stop: tuple[int, ...],
         session: str = "",
         request_id: str = "",
+        routes_from: int | None = None,
         streaming: bool = False,
     ) -> Request:
         """A request that this engine can serve; RefusedError says why not."""
@@ -73,6 +74,7 @@ class Engine:
             n=n,
             stop=stop,
             session=session,
+            routes_from=routes_from,
             streaming=streaming,
         )
 

@@ -58,9 +58,15 @@ class GenerateEndpoint:
             stop=stop,
             session=fields.text("session", ""),
             request_id=fields.text("request_id", ""),
+            routes_from=_routes_from(fields, engine.length),
         )
         fields.finish()
         return request, with_logprobs
+
+
+def _routes_from(fields: Body, length: int) -> int | None:
+    """Answers in columns carry routes from there on; JSON has no place for them."""
+    return fields.integer("routes_from", low=0, high=length) if fields.has("routes_from") else None
 
 
 def _columns(result: Result) -> Completions:

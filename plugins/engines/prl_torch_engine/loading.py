@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import attrs
 import torch
-from prl.blocks import precision
+from prl.blocks import kernels, precision
 from prl.providers import LanguageModel, Model, NumberFormat, Renderer, Tokenizer, WeightMap
 from prl.rollout.tokenizer import load as load_tokenizer
 from torch import nn
@@ -25,6 +25,8 @@ class Loaded:
     weight_map: WeightMap
     tokenizer: Tokenizer
     renderer: Renderer
+    number_format: NumberFormat | None = None
+    """What decodes received weights; None: they come as they are."""
 
     @property
     def model(self) -> LanguageModel:
@@ -37,13 +39,16 @@ def load(composition: Composition) -> Loaded:
     provider = cast(Model, composition.provider(run.model))
     tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
     number_format: NumberFormat = composition.build(run.quantization)
-    with torch.device(_device(run.trainer.device)):
+    device = torch.device(_device(run.trainer.device))
+    kernels.install(composition, device)
+    with device:
         module: nn.Module = composition.build(run.model, tokenizer.vocab_size)
     precision.cast(module, number_format.serve_dtype, float32=provider.float32)
     return Loaded(
         name=provider.name,
         module=module.eval().requires_grad_(False),
         weight_map=composition.load(provider.weights)(run.model, tokenizer.vocab_size),
+        number_format=number_format,
         tokenizer=tokenizer,
         renderer=composition.load(provider.render)(run.model, tokenizer),
     )

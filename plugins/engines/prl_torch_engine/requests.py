@@ -21,6 +21,8 @@ class Request:
     stop: tuple[int, ...]
     session: str = ""
     """Turns of one conversation share it; a finished turn is then kept for the next one."""
+    routes_from: int | None = None
+    """The first token whose routes are wanted; None: none are."""
     streaming: bool = False
     """Report the tokens of every step, not only the finished completions."""
 

@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from prl.blocks.context import Context
+from prl.providers import LanguageModel
 from torch import Tensor
+
+from prl_torch_engine.routes import RouteTable
 
 
 class Rows:
@@ -21,8 +25,17 @@ class Rows:
     of them were computed by the weights being served iff `stamps[r] == generation`.
     """
 
-    def __init__(self, caches: Sequence[Any], *, count: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        caches: Sequence[Any],
+        *,
+        count: int,
+        length: int,
+        device: torch.device,
+        routes: RouteTable | None = None,
+    ) -> None:
         self.caches = caches
+        self.routes = routes
         self.count, self.length = count, length
         self.tokens = torch.zeros(count, length, dtype=torch.int64, device=device)
         self.past = torch.zeros(count, dtype=torch.int64, device=device)
@@ -44,9 +57,20 @@ class Rows:
         for cache in self.caches:
             if cache is not None:  # a layer that remembers nothing
                 cache.copy_row(source, target, length)
+        if self.routes is not None:
+            self.routes.copy(source, target, length)
         self.tokens[target, :length] = self.tokens[source, :length]
         self.past[target] = length
         self.stamps[target] = self.stamps[source]
+
+    def hidden(self, model: LanguageModel, tokens: Tensor, context: Context) -> Tensor:
+        """The model over new `tokens` [T] of rows -> [T, D]; their routes are kept where somebody wants them."""
+        if self.routes is None:
+            return model.hidden(tokens, context)
+        self.routes.begin(context)
+        hidden = model.hidden(tokens, context)
+        self.routes.end(context)
+        return hidden
 
     def longest_prefix(self, prompt: Tensor) -> tuple[int, int]:
         """(row, tokens): where the most of `prompt` [P], short of its last token, lies computed by current weights."""

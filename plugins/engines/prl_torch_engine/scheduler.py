@@ -20,12 +20,14 @@ from prl.blocks import invariance
 from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.providers import LanguageModel
+from prl.routes import Routing
 from prl.types import Completion, StopReason, as_tokens
 from torch import Tensor
 
 from prl_torch_engine.batch import Batch
 from prl_torch_engine.prompts import PromptRows
 from prl_torch_engine.requests import Job, Pending, Progress, Request, Result
+from prl_torch_engine.routes import RouteTable
 from prl_torch_engine.rows import Rows
 
 
@@ -41,14 +43,18 @@ class Scheduler:
         length: int,
         prefill_tokens: int,
         batch_invariant: bool = False,
+        routing: Routing | None = None,
     ) -> None:
+        """`routing` is the model's where routes can be asked for."""
         head = model.head()
+        count = sequences + retained
         self._model = model
         self.rows = Rows(
-            model.new_caches(sequences + retained, length),
-            count=sequences + retained,
+            model.new_caches(count, length),
+            count=count,
             length=length,
             device=head.device,
+            routes=routing and RouteTable(routing, count=count, length=length, device=head.device),
         )
         self.batch = Batch(model, self.rows, capacity=sequences)
         self._prompts = PromptRows(self.rows, first=sequences, reuse=not batch_invariant)
@@ -104,6 +110,8 @@ class Scheduler:
         """The weights were replaced. Sequences go on with the keys and values they have; new ones do not use them."""
         self.rows.generation += 1
         self.version = version
+        if self.rows.routes is not None:
+            self.rows.routes.version = version
         for row, sequence in enumerate(self.batch.sequences):
             sequence.spans.append((self.batch.sampled(row), version))
 
@@ -182,7 +190,7 @@ class Scheduler:
             rows=torch.tensor([job.row for job, _ in chunks]),
             past=[job.done for job, _ in chunks],
         )
-        return self._model.hidden(tokens.to(self.rows.tokens.device), context)
+        return self.rows.hidden(self._model, tokens.to(self.rows.tokens.device), context)
 
     def _begin_decoding(self, complete: list[tuple[Job, int]], hidden: Tensor) -> None:
         """Sample the first tokens after complete prompts, each given with the place of its last token in `hidden`."""

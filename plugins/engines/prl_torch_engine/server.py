@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from prl.routes import replayed
 
 from prl_torch_engine import TorchEngineConfig
 from prl_torch_engine.chat import ChatEndpoint
@@ -52,8 +53,9 @@ async def serve(context: EngineContext) -> None:
         length=config.length or run.rollouts.sequence_length,
         prefill_tokens=config.prefill_tokens,
         batch_invariant=batch_invariant(config, run),
+        routing=replayed(context.composition),
     )
-    weights = Weights(loaded.module, loaded.weight_map, context.receiver)
+    weights = Weights(loaded.module, loaded.weight_map, context.receiver, number_format=loaded.number_format)
     generation = Generation(scheduler)
     engine = Engine(scheduler, generation, weights, vocab_size=len(loaded.model.head()))
     async with asyncio.TaskGroup() as tasks:

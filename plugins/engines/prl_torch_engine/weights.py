@@ -7,11 +7,11 @@ nothing per byte, so generation hardly pauses. A failed `prepare` leaves the ser
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from prl.errors import InfrastructureError
-from prl.providers import WeightMap, WeightReceiver
+from prl.providers import NumberFormat, WeightMap, WeightReceiver
 from prl.types import Manifest
 from torch import Tensor, nn
 
@@ -19,8 +19,16 @@ from torch import Tensor, nn
 class Weights:
     """The served and the staged weights of one model."""
 
-    def __init__(self, model: nn.Module, weight_map: WeightMap, receiver: WeightReceiver) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_map: WeightMap,
+        receiver: WeightReceiver,
+        *,
+        number_format: NumberFormat | None = None,
+    ) -> None:
         self._map = weight_map
+        self._format = number_format
         self._receiver = receiver
         self._served = dict(_tensors(model))
         self._staged = {name: torch.empty_like(tensor.data) for name, tensor in self._served.items()}
@@ -44,7 +52,9 @@ class Weights:
             self._staged_version = manifest.version
 
     def _assemble(self, manifest: Manifest) -> None:
-        received = dict(self._receiver.fetch(manifest))
+        received: Mapping[str, Tensor] = dict(self._receiver.fetch(manifest))
+        if self._format is not None:
+            received = self._format.restore(received)
         for name, staged in self._staged.items():
             try:
                 tensor = self._map.from_hf(received, name)

@@ -26,6 +26,7 @@ class GlmConfig(ModelConfig):
     """What the `[model]` sections of this family share."""
 
     size: Literal["toy", "full"] = option("toy", help="toy: trains on a CPU; full: as published")
+    checkpoint: str = option("", help="folder with a Hugging Face config.json that gives every size, instead of `size`")
     layers: int | None = option(None, help="number of layers, if not the size's", validator=_positive)
     hidden_size: int | None = option(None, help="width of the residual stream, if not the size's", validator=_positive)
     experts: int | None = option(None, help="experts of a layer, if not the size's", validator=_positive)
@@ -70,7 +71,14 @@ def _model(name: str, config: type[GlmConfig], renderer: str) -> Model:
         summary=f"{name.upper()}: sparse latent attention, 256 experts, 744B parameters; or a toy of the same make",
         build="prl_glm5.network:build",
         weights="prl_glm5.weights:weight_map",
+        limits="prl_glm5.sizes:limits",
         render=f"prl_glm5.render:{renderer}",
         special_tokens=SPECIAL_TOKENS,
+        routing="prl_glm5.sizes:routing",
         float32=("e_score_correction_bias",),
+        unquantized=(
+            r"\b(embed_tokens|lm_head|shared_head\.head)\.weight$",
+            r"\b(mlp\.gate|indexer\.weights_proj|eh_proj)\.weight$",
+        ),
+        checkpoint_types=("glm_moe_dsa",),
     )

@@ -32,7 +32,7 @@ def build(config: GlmConfig, vocab_size: int) -> Decoder:
 def _layer(sizes: Sizes, rope: RotaryEmbedding, index: int) -> Layer:
     width, eps = sizes.hidden_size, sizes.rms_norm_eps
     feed_forward = GatedMLP(width, sizes.intermediate_size) if index < sizes.dense_layers else _experts(sizes)
-    indexer = _indexer(sizes, rope) if sizes.has_indexer(index) else SharedIndex()
+    indexer = _indexer(sizes, rope) if sizes.has_indexer(index) else SharedIndex(sizes.index_top_k)
     return Layer(
         Sublayer("input_layernorm", RMSNorm(width, eps), "self_attn", _attention(sizes, rope, indexer)),
         Sublayer("post_attention_layernorm", RMSNorm(width, eps), "mlp", feed_forward),

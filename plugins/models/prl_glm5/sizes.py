@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import attrs
 from prl.errors import UserError
+from prl.providers import Limit
+from prl.routes import Routing
 
-from prl_glm5 import Glm52Config, GlmConfig
+from prl_glm5 import Glm52Config, GlmConfig, published
 
 
 @attrs.frozen(kw_only=True)
@@ -106,18 +108,51 @@ _OVERRIDES = (
 )
 
 
-def resolve(config: GlmConfig, vocab_size: int) -> Sizes:
-    """The sizes a config asks for, with a vocabulary of at least the tokenizer's `vocab_size`."""
+def _read(folder: str) -> Sizes:
+    fields, check = published.read(folder)
+    sizes = Sizes(**fields)
+    check(sizes)
+    return sizes
+
+
+def _named(config: GlmConfig) -> Sizes:
     sizes = TOY if config.size == "toy" else FULL
     if isinstance(config, Glm52Config):
-        sizes = attrs.evolve(sizes, index_period=4, index_first_period=3, rope_theta=8e6, positions=1_048_576)
+        return attrs.evolve(sizes, index_period=4, index_first_period=3, rope_theta=8e6, positions=1_048_576)
+    return sizes
+
+
+def resolve(config: GlmConfig, vocab_size: int) -> Sizes:
+    """The sizes a config asks for, with a vocabulary of at least the tokenizer's `vocab_size`."""
+    sizes = _read(config.checkpoint) if config.checkpoint else _named(config)
     if sizes.vocab_size and sizes.vocab_size < vocab_size:
+        named = f"model.checkpoint {config.checkpoint!r}" if config.checkpoint else f'model.size "{config.size}"'
         raise UserError(
-            f'model.size "{config.size}" has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the '
-            "tokenizer of the published model"
+            f"{named} has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the tokenizer of the "
+            "published model"
         )
     given = {name: value for name in _OVERRIDES if (value := getattr(config, name)) is not None}
     sizes = attrs.evolve(sizes, vocab_size=sizes.vocab_size or vocab_size, **given)
     if sizes.experts_per_token > sizes.experts:
         raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
     return sizes
+
+
+def routing(config: GlmConfig) -> Routing:
+    """Every layer but the dense ones at the start."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index in range(sizes.dense_layers, sizes.layers)),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )
+
+
+def limits(config: GlmConfig, vocab_size: int) -> list[Limit]:
+    """Over how many ranks it can be spread."""
+    sizes = resolve(config, vocab_size)
+    return [
+        Limit(degree="expert", of="experts", count=sizes.experts),
+        Limit(degree="tensor", of="attention heads", count=sizes.heads),
+        Limit(degree="tensor", of="heads of the indexer", count=sizes.index_heads),
+    ]

@@ -25,6 +25,7 @@ class KimiConfig(ModelConfig):
     """What the `[model]` sections of this family share."""
 
     size: Literal["toy", "full"] = option("toy", help="toy: trains on a CPU; full: as published")
+    checkpoint: str = option("", help="folder with a Hugging Face config.json that gives every size, instead of `size`")
     layers: int | None = option(None, help="number of layers, if not the size's", validator=_positive)
     hidden_size: int | None = option(None, help="width of the residual stream, if not the size's", validator=_positive)
     experts: int | None = option(None, help="experts of a layer, if not the size's", validator=_positive)
@@ -67,7 +68,11 @@ def _model(name: str, config: type[KimiConfig], renderer: str, special_tokens: t
         summary=f"{name.title()}: latent attention, 384 experts, 1T parameters; or a toy of the same make",
         build="prl_kimi_k2.network:build",
         weights="prl_kimi_k2.weights:weight_map",
+        limits="prl_kimi_k2.sizes:limits",
         render=f"prl_kimi_k2.render:{renderer}",
         special_tokens=special_tokens,
+        routing="prl_kimi_k2.sizes:routing",
         float32=("e_score_correction_bias",),
+        unquantized=(r"\b(embed_tokens|lm_head|mlp\.gate)\.weight$", r"^(vision_tower|mm_projector)\."),
+        checkpoint_types=("kimi_k2", "deepseek_v3") if config is KimiK2Config else ("kimi_k25",),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import attrs
 from prl.errors import UserError
+from prl.providers import Limit
+from prl.routes import Routing
 
-from prl_kimi_k2 import KimiConfig, KimiK2Config
+from prl_kimi_k2 import KimiConfig, KimiK2Config, published
 
 
 @attrs.frozen(kw_only=True)
@@ -35,6 +37,7 @@ class Sizes:
     yarn_factor: float = 64.0
     yarn_original_length: int
     yarn_beta_fast: float = 32.0
+    positions: int = 262_144
     deviation: float = 0.02
     """Of fresh weights."""
 
@@ -83,14 +86,27 @@ TOY = Sizes(
 )
 
 
+def _read(config: KimiConfig) -> Sizes:
+    fields, check = published.read(config.checkpoint, vision=not isinstance(config, KimiK2Config))
+    sizes = Sizes(**fields)
+    check(sizes)
+    return sizes
+
+
+def _named(config: KimiConfig) -> Sizes:
+    if config.size == "toy":
+        return TOY
+    return FULL_K2 if isinstance(config, KimiK2Config) else FULL
+
+
 def resolve(config: KimiConfig, vocab_size: int) -> Sizes:
     """The sizes a config asks for, with a vocabulary of at least the tokenizer's `vocab_size`."""
-    full = FULL_K2 if isinstance(config, KimiK2Config) else FULL
-    sizes = TOY if config.size == "toy" else full
+    sizes = _read(config) if config.checkpoint else _named(config)
     if sizes.vocab_size and sizes.vocab_size < vocab_size:
+        named = f"model.checkpoint {config.checkpoint!r}" if config.checkpoint else f'model.size "{config.size}"'
         raise UserError(
-            f'model.size "{config.size}" has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the '
-            "tokenizer of the published model"
+            f"{named} has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the tokenizer of the "
+            "published model"
         )
     overrides = ("layers", "hidden_size", "experts", "experts_per_token", "expert_intermediate_size")
     given = {name: value for name in overrides if (value := getattr(config, name)) is not None}
@@ -98,3 +114,22 @@ def resolve(config: KimiConfig, vocab_size: int) -> Sizes:
     if sizes.experts_per_token > sizes.experts:
         raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
     return sizes
+
+
+def routing(config: KimiConfig) -> Routing:
+    """Every layer but the dense ones at the start."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index in range(sizes.dense_layers, sizes.layers)),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )
+
+
+def limits(config: KimiConfig, vocab_size: int) -> list[Limit]:
+    """Over how many ranks it can be spread."""
+    sizes = resolve(config, vocab_size)
+    return [
+        Limit(degree="expert", of="experts", count=sizes.experts),
+        Limit(degree="tensor", of="attention heads", count=sizes.heads),
+    ]

@@ -26,6 +26,7 @@ class NemotronConfig(ModelConfig):
     """What the `[model]` sections of this family share."""
 
     size: Literal["toy", "full"] = option("toy", help="toy: trains on a CPU; full: as published")
+    checkpoint: str = option("", help="folder with a Hugging Face config.json that gives every size, instead of `size`")
     pattern: str = option(
         "",
         help="a letter per layer, if not the size's: M Mamba-2, * attention, E experts",
@@ -71,7 +72,15 @@ def _model(name: str, config: type[NemotronConfig], renderer: str, parameters: s
         summary=f"Nemotron-3-{name.title()}: Mamba-2, attention and experts, {parameters} parameters; or a toy",
         build="prl_nemotron3.network:build",
         weights="prl_nemotron3.weights:weight_map",
+        limits="prl_nemotron3.sizes:limits",
         render=f"prl_nemotron3.render:{renderer}",
         special_tokens=SPECIAL_TOKENS,
+        routing="prl_nemotron3.sizes:routing",
         float32=("e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias"),
+        unquantized=(
+            r"\b(embeddings|lm_head|mixer\.gate)\.weight$",
+            r"\b(q_proj|k_proj|v_proj|o_proj|fc1_latent_proj|fc2_latent_proj)\.weight$",
+            r"^mtp\.",
+        ),
+        checkpoint_types=("nemotron_h",),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import attrs
 from prl.errors import UserError
+from prl.providers import Limit
+from prl.routes import Routing
 
-from prl_nemotron3 import NanoConfig, NemotronConfig, SuperConfig, UltraConfig
+from prl_nemotron3 import NanoConfig, NemotronConfig, SuperConfig, UltraConfig, published
 
 
 @attrs.frozen(kw_only=True)
@@ -111,14 +113,27 @@ _TOY_NANO = attrs.evolve(TOY, latent_size=None, routed_scale=NANO.routed_scale)
 _OVERRIDES = ("hidden_size", "experts", "experts_per_token", "expert_intermediate_size")
 
 
+def _read(folder: str) -> Sizes:
+    fields, check = published.read(folder)
+    sizes = Sizes(**fields)
+    check(sizes)
+    return sizes
+
+
+def _named(config: NemotronConfig) -> Sizes:
+    if config.size == "full":
+        return FULL[type(config)]
+    return _TOY_NANO if isinstance(config, NanoConfig) else TOY
+
+
 def resolve(config: NemotronConfig, vocab_size: int) -> Sizes:
     """The sizes a config asks for, with a vocabulary of at least the tokenizer's `vocab_size`."""
-    toy = _TOY_NANO if isinstance(config, NanoConfig) else TOY
-    sizes = toy if config.size == "toy" else FULL[type(config)]
+    sizes = _read(config.checkpoint) if config.checkpoint else _named(config)
     if sizes.vocab_size and sizes.vocab_size < vocab_size:
+        named = f"model.checkpoint {config.checkpoint!r}" if config.checkpoint else f'model.size "{config.size}"'
         raise UserError(
-            f'model.size "{config.size}" has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the '
-            "tokenizer of the published model"
+            f"{named} has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the tokenizer of the "
+            "published model"
         )
     given = {name: value for name in _OVERRIDES if (value := getattr(config, name)) is not None}
     pattern = config.pattern or sizes.pattern
@@ -126,3 +141,25 @@ def resolve(config: NemotronConfig, vocab_size: int) -> Sizes:
     if sizes.experts_per_token > sizes.experts:
         raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
     return sizes
+
+
+def routing(config: NemotronConfig) -> Routing:
+    """The layers that the pattern calls E."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index, letter in enumerate(sizes.pattern) if letter == "E"),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )
+
+
+def limits(config: NemotronConfig, vocab_size: int) -> list[Limit]:
+    """Over how many ranks it can be spread."""
+    sizes = resolve(config, vocab_size)
+    found = [Limit(degree="tensor", of="attention heads", count=sizes.heads)] if "*" in sizes.pattern else []
+    if "M" in sizes.pattern:
+        # Heads of a group share B and C: what is spread over ranks by heads is spread by groups.
+        found.append(Limit(degree="tensor", of="groups of Mamba-2", count=sizes.mamba_groups))
+    if "E" in sizes.pattern:
+        found.append(Limit(degree="expert", of="experts", count=sizes.experts))
+    return found

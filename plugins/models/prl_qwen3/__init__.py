@@ -65,8 +65,12 @@ def prl_models() -> Iterable[Model]:
         summary="Qwen3, dense or mixture of experts; sizes from the config or from a checkpoint",
         build="prl_qwen3.network:build",
         weights="prl_qwen3.weights:weight_map",
+        limits="prl_qwen3.sizes:limits",
         render="prl_qwen3.chat:renderer",
+        routing="prl_qwen3.sizes:routing",
         special_tokens=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        unquantized=(r"\b(embed_tokens|lm_head|mlp\.gate)\.weight$",),
+        checkpoint_types=("qwen3", "qwen3_moe"),
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 from prl.errors import UserError
+from prl.providers import Limit
+from prl.routes import Routing
 
 from prl_qwen3 import Qwen3Config
 
@@ -49,6 +51,16 @@ def resolve(config: Qwen3Config, vocab_size: int) -> Qwen3Config:
     return attrs.evolve(sizes, vocab_size=sizes.vocab_size or vocab_size)
 
 
+def routing(config: Qwen3Config) -> Routing:
+    """Every layer of a mixture of experts, none of a dense model."""
+    sizes = resolve(config, 0)
+    return Routing(
+        layers=tuple(f"layers.{index}" for index in range(sizes.layers)) if sizes.experts else (),
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+    )
+
+
 def _read(file: Path) -> Qwen3Config:
     try:
         stored: Mapping[str, Any] = json.loads(file.read_text())
@@ -73,3 +85,12 @@ def _rope_theta(file: Path, stored: Mapping[str, Any]) -> float:
     if kind != "default" or theta is None:
         raise UserError(f"{file}: rotary positions of type {kind!r} with theta {theta} are not supported")
     return float(theta)
+
+
+def limits(config: Qwen3Config, vocab_size: int) -> list[Limit]:
+    """Over how many ranks it can be spread."""
+    sizes = resolve(config, vocab_size)
+    return [
+        Limit(degree="tensor", of="key and value heads", count=sizes.kv_heads),
+        Limit(degree="expert", of="experts", count=sizes.experts or 1, reason="" if sizes.experts else "it is dense"),
+    ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -18,9 +19,25 @@ class NativeFormat:
     train_dtype: torch.dtype
     serve_dtype: torch.dtype
     tolerance: float
+    fake_quantization: bool = False
+
+    def quantizes(self, name: str, shape: Sequence[int]) -> bool:
+        return False
 
     def export(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
         yield name, tensor.to(self.serve_dtype) if tensor.is_floating_point() else tensor
+
+    def restore(self, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return stored
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.serve_dtype).float()
+
+    def declaration(self, kept: Sequence[str]) -> Mapping[str, Any] | None:
+        return None
+
+    def reads(self, declared: Mapping[str, Any] | None) -> bool:
+        return declared is None
 
 
 def fp32(config: Fp32Config) -> NativeFormat:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import attrs
 from prl import hookimpl
-from prl.compose.config import WeightTransportConfig
+from prl.compose.config import Run, WeightTransportConfig
 from prl.providers import WeightTransport
 
 
@@ -24,3 +24,13 @@ def prl_weight_transports() -> Iterable[WeightTransport]:
         send="prl_shared_memory.segments:send",
         receive="prl_shared_memory.segments:receive",
     )
+
+
+@hookimpl
+def prl_validate(run: Run) -> Iterable[str]:
+    """Hosts share no memory."""
+    if isinstance(run.weights, SharedMemoryConfig) and run.launcher.spans_hosts:
+        yield (
+            "weights.type = 'shared_memory' reaches the processes of one machine, and the launcher may use several; "
+            "choose a transport that crosses hosts, such as 'disk' on a shared file system"
+        )

@@ -1,0 +1,260 @@
+"""Bytes of a trainer rank: what it holds, what a pass adds, and the most of each phase.
+
+    held        its shards of parameters, gradients and optimizer state
+    gathered    whole layers while they compute (two: one computes, the next arrives) and what is no layer throughout
+    kept        activations from forward to backward
+    working     what one layer, or the head, needs beside that
+
+A single rank gathers nothing. Under full activation checkpointing a layer keeps its input alone and computes the rest
+again; the largest layer's whole backward pass is then part of `working`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import attrs
+
+from prl.plan.layout import experts_over, sharded_over
+from prl.plan.workload import part
+from prl.train.layout import Layout
+
+if TYPE_CHECKING:
+    from prl.train.survey import Kind, ParameterInfo, Survey
+    from prl.train.trace import Footprint
+
+Checkpointing: TypeAlias = Literal["none", "full"]
+
+REDUCE_BYTES = 4
+"""Gradients are summed over ranks in float32."""
+_INDEX_BUFFER = 2**30
+"""Of index scores at one time, by a kernel that selects block by block."""
+
+
+@attrs.frozen(kw_only=True)
+class Formats:
+    """Bytes of an element, by what it is."""
+
+    parameter: int
+    compute: int
+    optimizer: float
+    """State per byte of a trained parameter."""
+    optimizer_per_parameter: float
+    serve: int
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What of a trainer decides about memory."""
+
+    layout: Layout
+    formats: Formats
+    checkpointing: Checkpointing
+    optimizer_offload: bool
+    logprob_chunk: int
+
+
+@attrs.frozen(kw_only=True)
+class Memory:
+    """Of one rank, in bytes."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """On the device; 0 when it is offloaded."""
+    host: int
+    """Optimizer state in host memory."""
+    gathered: int
+    kept: int
+    scored: int
+    """What the head keeps: the hidden states of scored tokens."""
+    working: int
+    phases: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def shard_size(parameter: ParameterInfo, layout: Layout, rank: int = 0) -> int:
+    """Elements of a parameter that one rank holds, `rank` counted within its copy of the model.
+
+    Rows are divided as `torch.chunk` does. Of experts a rank has its share; where there are fewer of those than ranks
+    that hold them, the next dimension is divided.
+    """
+    shape = list(parameter.shape)
+    if not parameter.expert:
+        return _part(shape, 0, sharded_over(layout), rank)
+    shape[0] //= layout.expert
+    ranks = experts_over(layout)
+    return _part(shape, 0 if ranks <= shape[0] else 1, ranks, rank // layout.expert)
+
+
+def _part(shape: Sequence[int], dimension: int, parts: int, index: int) -> int:
+    size = 1
+    for d, length in enumerate(shape):
+        if d == dimension:
+            rows = -(-length // parts)
+            length = max(0, min(rows, length - index * rows))
+        size *= length
+    return size
+
+
+def held(parameters: Sequence[ParameterInfo], settings: Settings, rank: int = 0) -> tuple[int, int, int]:
+    """Bytes of the shards of parameters, gradients and optimizer state."""
+    formats = settings.formats
+    in_all = in_gradients = 0
+    state = 0.0
+    for parameter in parameters:
+        size = shard_size(parameter, settings.layout, rank) * (4 if parameter.float32 else formats.parameter)
+        in_all += size
+        if parameter.trained:
+            in_gradients += size
+            state += formats.optimizer * size + formats.optimizer_per_parameter
+    return in_all, in_gradients, round(state)
+
+
+def memory(
+    survey: Survey,
+    settings: Settings,
+    micro_batch: Sequence[int],
+    *,
+    sampled: float,
+    accumulating: bool = True,
+    granularity: int = 512,
+) -> Memory:
+    """Of rank 0 when the heaviest micro-batch has documents of these lengths, of which a share is scored.
+
+    `accumulating`: there were micro-batches before it, so gradients exist from its beginning.
+    """
+    parameters, gradients, state = held(survey.parameters, settings)
+    optimizer = 0 if settings.optimizer_offload else state
+    lengths = part(micro_batch, settings.layout.context)
+    tokens = sum(lengths)
+    row = tokens * survey.hidden_size * settings.formats.compute
+    scored = max(1, round(tokens * sampled))
+    shared, footprints, ends = survey.footprints(lengths, expert=settings.layout.expert, granularity=granularity)
+    layers = [
+        _with_context(footprint, kind, settings, micro_batch)
+        for kind, footprint in zip(survey.kinds, footprints, strict=True)
+    ]
+    head = survey.head_footprint(scored, chunk=settings.logprob_chunk, granularity=granularity)
+    units = _units(survey, settings)
+    each_kept = [_kept(footprint, row, settings) for footprint in layers]
+    kept = shared + ends.saved + sum(len(k.layers) * n for k, n in zip(survey.kinds, each_kept, strict=True))
+    static = parameters + optimizer + units.root + (gradients if accumulating else 0)
+    chosen = row * scored // tokens  # hidden states of the scored tokens, copied together
+    phases = {
+        "forward": static + kept + units.gathered + max(f.forward_peak - f.saved for f in layers),
+        "head": static + kept + row + chosen + head.backward_peak + units.head_gradient,
+        "backward": static
+        + units.gathered
+        + units.gradients
+        + units.head_gradient
+        + _backward(survey, settings, layers, each_kept, kept, grow=not accumulating),
+        "optimizer": parameters + gradients + optimizer,
+    }
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        host=state if settings.optimizer_offload else 0,
+        gathered=units.root + units.gathered + units.gradients + units.head_gradient,
+        kept=kept,
+        scored=chosen + head.saved,
+        working=max(_working(footprint, settings) for footprint in layers),
+        phases=phases,
+    )
+
+
+def _kept(footprint: Footprint, row: int, settings: Settings) -> int:
+    """From one layer's forward to its backward."""
+    if settings.checkpointing == "full":
+        return row
+    return footprint.saved + (row if footprint.keeps_input else 0)
+
+
+def _working(footprint: Footprint, settings: Settings) -> int:
+    """What a layer's backward pass needs beside what was kept for it."""
+    if settings.checkpointing == "full":
+        return max(footprint.forward_peak, footprint.backward_peak)
+    return footprint.backward_peak - footprint.saved
+
+
+def _backward(
+    survey: Survey,
+    settings: Settings,
+    layers: Sequence[Footprint],
+    each_kept: Sequence[int],
+    kept: int,
+    *,
+    grow: bool,
+) -> int:
+    """The most that activations, and gradients that `grow` meanwhile, come to: layer by layer, the last one first."""
+    kind_of = {index: number for number, kind in enumerate(survey.kinds) for index in kind.layers}
+    gradients: dict[int | None, int] = {}
+    for p in survey.parameters:
+        size = shard_size(p, settings.layout) * settings.formats.parameter if p.trained and grow else 0
+        gradients[p.layer] = gradients.get(p.layer, 0) + size
+    now, most = kept + gradients.get(None, 0), 0
+    for index in sorted(kind_of, reverse=True):
+        number = kind_of[index]
+        most = max(most, now + _working(layers[number], settings))
+        now += gradients.get(index, 0) - each_kept[number]
+    return max(most, now)
+
+
+@attrs.frozen
+class _Units:
+    """Whole parameters that a rank sees at one time, and their gradients, before they are shards."""
+
+    root: int = 0
+    gathered: int = 0
+    gradients: int = 0
+    head_gradient: int = 0
+
+
+def _units(survey: Survey, settings: Settings) -> _Units:
+    layout, formats = settings.layout, settings.formats
+    root = sum(p.size for p in survey.parameters if p.layer is None)
+    head = survey.vocab_size * survey.hidden_size
+    if layout.ranks == 1:  # the model's own tensors, counted as held
+        return _Units()
+    largest = max(layer_sizes(survey, layout).values())
+    trained = max(layer_sizes(survey, layout, trained=True).values())
+    each_gradient = formats.compute + REDUCE_BYTES
+    return _Units(
+        root=root * formats.compute,
+        gathered=2 * largest * formats.compute,
+        gradients=trained * each_gradient,
+        head_gradient=head * each_gradient,
+    )
+
+
+def layer_sizes(survey: Survey, layout: Layout, *, trained: bool = False) -> dict[int, int]:
+    """Layer -> elements a rank needs whole to compute it; `trained`: only those with a gradient."""
+    sizes: dict[int, int] = {}
+    for p in survey.parameters:
+        if p.layer is not None and (p.trained or not trained):
+            sizes[p.layer] = sizes.get(p.layer, 0) + p.size // (layout.expert if p.expert else 1)
+    return sizes
+
+
+def _with_context(footprint: Footprint, kind: Kind, settings: Settings, micro_batch: Sequence[int]) -> Footprint:
+    """With what attention adds that the trace does not see: the selection, and earlier tokens on other ranks."""
+    tokens = sum(micro_batch)
+    local = -(-tokens // settings.layout.context)
+    selecting = bool(kind.selects) and max(micro_batch, default=0) > kind.selects
+    remembered = kind.remembered
+    width = remembered.per_token + (0 if selecting else remembered.expanded)
+    gathered = (tokens - local) * width * settings.formats.compute if settings.layout.context > 1 else 0
+    selection = local * kind.selects * 4 if selecting else 0
+    saved = gathered + selection
+    buffer = _INDEX_BUFFER if selecting else 0
+    return attrs.evolve(
+        footprint,
+        saved=footprint.saved + saved,
+        forward_peak=footprint.forward_peak + saved + buffer,
+        backward_peak=footprint.backward_peak + saved + gathered,
+    )

@@ -1,0 +1,173 @@
+"""Router replay: the trainer sends a token to the experts the engine sent it to (R3; Ma et al. 2025, arXiv:2510.11370).
+
+A router's best experts can be nearly tied, and engine and trainer round differently. Where they choose differently, the
+trainer would score a token under another network than the one that sampled it. So the engine's choices come along:
+
+    engine               Completion.routes, by the names of layers
+    environment worker   checks them, puts layers in the model's order, joins turns, stores them   (this module)
+    controller           forwards references
+    trainer rank         checks again, replays, recomputes the gates                               (`prl.train.routes`)
+
+A later turn adds the routes of its own tokens: those of earlier tokens stay what they were when they were sampled, with
+the version that chose them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from prl.errors import InfrastructureError, Problem
+from prl.types import ColumnReference, Int32, Pieces, Routes
+
+if TYPE_CHECKING:
+    from prl.columns import ColumnFolder
+    from prl.compose.compose import Composition
+    from prl.providers import Engine, Model
+
+EXPERTS = "routes"
+"""Name of the large column [L, M, K] of expert numbers, layers in the order of `Routing.layers`."""
+VERSIONS = "route_versions"
+"""Name of the large column [L] int32: the policy version that chose, -1 where nothing is known."""
+
+
+@attrs.frozen(kw_only=True)
+class Routing:
+    """Where a model routes."""
+
+    layers: tuple[str, ...]
+    """[M] names of the decoder layers with experts: `layers.<i>`."""
+    experts: int
+    """Of every such layer."""
+    experts_per_token: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest column that holds every expert's number."""
+        return np.dtype(np.uint8 if self.experts <= 256 else np.uint16)
+
+    @property
+    def row(self) -> tuple[int, int]:
+        """(M, K): what is stored of each token."""
+        return len(self.layers), self.experts_per_token
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """[M] the layers' places in the decoder."""
+        return tuple(int(name.removeprefix("layers.")) for name in self.layers)
+
+
+# --- what a run does --------------------------------------------------------------------------------------------------
+def replayed(composition: Composition) -> Routing | None:
+    """Where the run replays routes; None where it does not."""
+    run = composition.run
+    model, engine = cast("Model", composition.provider(run.model)), cast("Engine", composition.provider(run.engine))
+    if run.trainer.router_replay == "off" or model.routing is None or not engine.reports_routes:
+        return None
+    routing: Routing = composition.load(model.routing)(run.model)
+    return routing if routing.layers else None
+
+
+def problems(composition: Composition) -> list[Problem]:
+    """Why routes cannot be replayed, in a run that asks for it."""
+    run = composition.run
+    if run.trainer.router_replay != "on" or replayed(composition) is not None:
+        return []
+    model, engine = cast("Model", composition.provider(run.model)), cast("Engine", composition.provider(run.engine))
+    if not engine.reports_routes:
+        reason = f"engine {engine.name!r} does not report where it sent tokens"
+    else:
+        reason = f"model {model.name!r} is dense as configured: it has no experts to send tokens to"
+    return [Problem("trainer.router_replay", f'"on" is not possible: {reason}; use "auto" or "off"')]
+
+
+# --- what an engine said ----------------------------------------------------------------------------------------------
+def checked(routes: Routes, routing: Routing, *, tokens: int) -> Routes:
+    """The same for the model's layers alone, in their order; `tokens` are prompt and completion.
+
+    InfrastructureError when they contradict themselves, the model or the number of tokens.
+    """
+    experts, count = routes.experts, len(routes.versions)
+    places = {name: place for place, name in enumerate(routes.layers)}
+    shape = (count, len(routes.layers), routing.experts_per_token)
+    _require(experts.shape == shape, f"they have shape {experts.shape}, expected {shape}")
+    _require(
+        experts.dtype == routing.dtype, f"{experts.dtype} is not {routing.dtype}, as for {routing.experts} experts"
+    )
+    _require(len(places) == len(routes.layers), "two layers have one name")
+    missing = [name for name in routing.layers if name not in places]
+    _require(not missing, f"{', '.join(missing)} are missing among the layers {', '.join(places)[:200]}")
+    _require(
+        0 <= routes.start <= routes.start + count <= tokens,
+        f"they are of tokens {routes.start} to {routes.start + count} where there are {tokens}",
+    )
+    if routes.layers != routing.layers:
+        experts = experts[:, [places[name] for name in routing.layers]]
+    highest = int(experts[routes.versions >= 0].max(initial=0))
+    _require(highest < routing.experts, f"they name expert {highest} of {routing.experts}")
+    return attrs.evolve(routes, layers=routing.layers, experts=experts)
+
+
+def _require(sound: bool, sentence: str) -> None:
+    if not sound:
+        raise InfrastructureError(f"the engine's routes make no sense: {sentence}")
+
+
+# --- what a conversation went through ---------------------------------------------------------------------------------
+@attrs.define(eq=False)
+class RouteRecord:
+    """The routes of one conversation, turn after turn."""
+
+    turns: list[Routes] = attrs.field(factory=list)
+
+    @property
+    def known(self) -> int:
+        """Tokens whose routes need not be asked for again."""
+        return max((routes.start + len(routes.versions) for routes in self.turns), default=0)
+
+    def add(self, routes: Routes | None) -> None:
+        if routes is not None:
+            self.turns.append(routes)
+
+    def columns(self, length: int) -> dict[str, NDArray[Any]]:
+        """[L, M, K] and [L] for a conversation of `length` tokens; empty when no turn brought any."""
+        if not self.turns:
+            return {}
+        experts = np.zeros((length, *self.turns[0].experts.shape[1:]), self.turns[0].experts.dtype)
+        versions: Int32 = np.full(length, -1, np.int32)
+        for routes in self.turns:
+            rows = slice(routes.start, routes.start + len(routes.versions))
+            new = (versions[rows] < 0) & (routes.versions >= 0)
+            experts[rows][new] = routes.experts[new]
+            versions[rows][new] = routes.versions[new]
+        return {EXPERTS: experts, VERSIONS: versions}
+
+
+def store(
+    columns: dict[str, NDArray[Any]], folder: ColumnFolder, *, opening: int, group_id: int, attempt: int
+) -> dict[str, Pieces]:
+    """Write the columns of one rollout in two pieces: its `opening` tokens, which siblings share, and the rest."""
+    if not columns:
+        return {}
+    pieces: dict[str, list[ColumnReference]] = {name: [] for name in columns}
+    for part in (slice(0, opening), slice(opening, None)):
+        cut = {name: column[part] for name, column in columns.items()}
+        for name, reference in folder.write(cut, group_id=group_id, attempt=attempt).items():
+            pieces[name].append(reference)
+    return {name: tuple(references) for name, references in pieces.items()}
+
+
+# --- what references claim --------------------------------------------------------------------------------------------
+def suits(large: Mapping[str, Pieces], routing: Routing | None) -> bool:
+    """Whether what a rollout refers to as routes has the type and shape of the model's."""
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if routing is not None:
+        expected = {EXPERTS: (str(routing.dtype), routing.row), VERSIONS: ("int32", ())}
+    told = {EXPERTS, VERSIONS} & set(large)
+    if told and told != set(expected):
+        return False
+    return all((piece.dtype, piece.shape[1:]) == expected[name] for name in told for piece in large[name])

@@ -1,0 +1,1 @@
+"""The processes of a run while it goes on: started, watched, restarted, ended. What every launcher shares."""

@@ -1,0 +1,279 @@
+"""Launcher `slurm` without a cluster: what it asks for, where processes go, what a probe's words mean."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from prl.compose.compose import compose
+from prl.compose.plan import LaunchPlan, NodeGroup, Process
+from prl.errors import ConfigError, InfrastructureError, UserError
+from prl.run_dir import RunDir
+from prl_slurm import ContainerSection, NodesSection, SlurmConfig, script
+from prl_slurm.allocation import Nodes, Place, requests
+from prl_slurm.preflight import Probe, unreachable
+from prl_slurm.steps import Job, Step, command
+from prl_slurm.task import choose
+
+GROUPS = (NodeGroup(name="inference", nodes=2, cpus=5, gpus=2), NodeGroup(name="trainer", nodes=1, cpus=8, gpus=4))
+RUN = Path("/shared/runs/tale")
+
+
+def process(role: str, index: int, group: str, node: int, *, first_gpu: int = 0, gpus: int = 0) -> Process:
+    argv = ("python", "-m", "prl", "worker", "--role", role)
+    return Process(
+        role=role, index=index, argv=argv, env={}, cpus=1, gpus=gpus, first_gpu=first_gpu, group=group, node=node
+    )
+
+
+ENGINE = process("engine", 3, "inference", 1, first_gpu=1, gpus=1)
+TRAINER = process("trainer", 0, "trainer", 0, gpus=4)
+PLAN = LaunchPlan(run_dir=RunDir(RUN), processes=(ENGINE, TRAINER), groups=GROUPS)
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("allocation", "spares", "asked"),
+    [("one", 1, [(4, 8, 4)]), ("shared", 1, [(3, 13, 6)]), ("heterogeneous", 0, [(2, 5, 2), (1, 8, 4)])],
+)
+def test_components_hold_what_the_groups_need(allocation: Any, spares: int, asked: list[tuple[int, ...]]) -> None:
+    config = SlurmConfig(allocation=allocation, spare_nodes=spares)
+    assert [(r.nodes, r.cpus, r.gpus) for r in requests(PLAN, config)] == asked
+
+
+def test_the_script_of_one_allocation() -> None:
+    config = SlurmConfig(
+        partition="h200",
+        account="rl",
+        qos="high",
+        constraint="ib",
+        exclude="bad[1-2]",
+        time="1-00:00:00",
+        dependency="afterok:7",
+        options=("--comment=tale",),
+        modules=("cuda/12.9", "nccl"),
+        setup=("export X=1",),
+        venv="/shared/venv",
+        cut_seconds=90,
+    )
+    assert script.job(PLAN, config).splitlines() == [
+        "#!/bin/bash",
+        "#SBATCH --nodes=3",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --gres=gpu:4",
+        "#SBATCH --mem=0",
+        "#SBATCH --partition=h200",
+        "#SBATCH --constraint=ib",
+        "#SBATCH --exclusive",
+        "#SBATCH --job-name=tale",
+        "#SBATCH --account=rl",
+        "#SBATCH --qos=high",
+        "#SBATCH --exclude=bad[1-2]",
+        "#SBATCH --time=1-00:00:00",
+        "#SBATCH --dependency=afterok:7",
+        "#SBATCH --output=/shared/runs/tale/slurm/job.log",
+        f"#SBATCH --chdir={Path.cwd()}",
+        "#SBATCH --no-kill",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=B:USR1@90",
+        "#SBATCH --comment=tale",
+        "",
+        "module load cuda/12.9 nccl",
+        ". /shared/venv/bin/activate",
+        "export X=1",
+        "exec /shared/venv/bin/python -m prl_slurm /shared/runs/tale",
+    ]
+
+
+def test_components_of_a_heterogeneous_job_have_options_of_their_own() -> None:
+    config = SlurmConfig(
+        allocation="heterogeneous",
+        partition="gpu",
+        gres="gpu:h200:8",
+        inference=NodesSection(partition="cheap", gres="gpu:l40:8", memory="500G"),
+    )
+    first, second = script.job(PLAN, config).split("#SBATCH hetjob\n")
+    assert {"--nodes=2", "--partition=cheap", "--gres=gpu:l40:8", "--mem=500G"} <= set(options(first))
+    assert {"--nodes=1", "--partition=gpu", "--gres=gpu:h200:8", "--mem=0"} <= set(options(second))
+
+
+def options(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_a_template_of_the_users_own(tmp_path: Path) -> None:
+    template = tmp_path / "ours.sh"
+    template.write_text("#!/bin/bash\n$options\necho $name in $run on $SLURM_JOB_NODELIST ${HOME}\nexec $command\n")
+    lines = script.job(PLAN, SlurmConfig(template=str(template))).splitlines()
+    assert lines[1] == "#SBATCH --nodes=3"
+    assert lines[-2] == "echo tale in /shared/runs/tale on $SLURM_JOB_NODELIST ${HOME}"
+    assert lines[-1].endswith(" -m prl_slurm /shared/runs/tale")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("$options\n", r"it has no \$command"),
+        ("true\n", r"it has no \$options and no \$command"),
+        (None, "No such file"),
+    ],
+)
+def test_a_template_that_starts_nothing_is_refused(tmp_path: Path, text: str | None, sentence: str) -> None:
+    template = tmp_path / "ours.sh"
+    if text is not None:
+        template.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        script.job(PLAN, SlurmConfig(template=str(template)))
+
+
+def test_processes_start_in_the_environment_of_the_script(tmp_path: Path) -> None:
+    config = SlurmConfig(setup=("export TALE='a b'", "cd /"))
+    (tmp_path / "node.sh").write_text(script.node(config, RUN))
+    argv = ["bash", str(tmp_path / "node.sh"), "sh", "-c", 'echo "$TALE|$PWD|$1"', "-", "it's"]
+    assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "a b|/|it's\n"
+
+
+def test_containers() -> None:
+    apptainer = ContainerSection(backend="apptainer", image="/images/prl.sif", mounts=("/data:/data",))
+    assert script.node(SlurmConfig(container=apptainer), RUN).splitlines()[-1] == (
+        f"exec apptainer exec --nv --bind={RUN}:{RUN} --bind={Path.cwd()}:{Path.cwd()} --bind=/data:/data "
+        '/images/prl.sif "$@"'
+    )
+    pyxis = SlurmConfig(container=ContainerSection(backend="pyxis", image="nvcr.io#prl", options=("--no-container-x",)))
+    assert script.pyxis(pyxis, RUN) == [
+        "--container-image=nvcr.io#prl",
+        f"--container-mounts={RUN}:{RUN},{Path.cwd()}:{Path.cwd()}",
+        "--no-container-x",
+    ]
+    assert script.node(pyxis, RUN).splitlines()[-1] == 'exec "$@"'
+
+
+@pytest.mark.parametrize(
+    ("edits", "sentence"),
+    [
+        (["launcher.allocation=heterogeneous", "launcher.spare_nodes=1"], "no nodes that fit every group"),
+        (["launcher.container.image=x.sif"], "needs both a backend and an image"),
+        (["run.network=loopback"], "cannot be reached from another node"),
+        (["weights.type=shared_memory"], "'shared_memory' reaches the processes of one machine"),
+        (["launcher.time=1"], "launcher.time   expected str, got int 1"),
+    ],
+)
+def test_what_cannot_work_on_any_cluster_is_refused(tmp_path: Path, edits: list[str], sentence: str) -> None:
+    spell = Path(__file__).parents[2] / "configs" / "spell_backward.toml"
+    given = ["launcher.type=slurm", "weights.type=disk", *edits]
+    with pytest.raises(ConfigError, match=sentence):
+        compose(spell, plugins="slurm,disk", overrides=given)
+
+
+# --- where processes go -----------------------------------------------------------------------------------------------
+def test_groups_have_nodes_of_their_own_and_spares_come_last() -> None:
+    nodes = Nodes.given(PLAN, SlurmConfig(spare_nodes=1), [["a", "b", "c", "d"]])
+    assert nodes.place(ENGINE) == Place(host="b", component=0, first_gpu=1)
+    assert nodes.place(TRAINER) == Place(host="c", component=0, first_gpu=0)
+    assert (nodes.hosts, nodes.spares) == (["a", "b", "c"], ["d"])
+
+
+def test_groups_that_share_nodes_have_devices_of_their_own() -> None:
+    nodes = Nodes.given(PLAN, SlurmConfig(allocation="shared"), [["a", "b"]])
+    assert nodes.place(ENGINE) == Place(host="b", component=0, first_gpu=1)
+    assert nodes.place(TRAINER) == Place(host="a", component=0, first_gpu=2)
+
+
+def test_components_are_the_groups_of_a_heterogeneous_job() -> None:
+    nodes = Nodes.given(PLAN, SlurmConfig(allocation="heterogeneous"), [["a", "b"], ["x"]])
+    assert nodes.place(TRAINER) == Place(host="x", component=1, first_gpu=0)
+
+
+def test_a_spare_takes_all_of_a_lost_node_and_then_none_is_left() -> None:
+    nodes = Nodes.given(PLAN, SlurmConfig(spare_nodes=2), [["a", "b", "c", "d", "e"]])
+    assert nodes.lose("e", "is down") is None  # a spare itself
+    assert nodes.lose("b", "is down") == "d"
+    assert nodes.place(ENGINE).host == "d"
+    assert nodes.lose("d", "did not answer") is None
+    with pytest.raises(InfrastructureError, match="no node is left for engine-3: d did not answer"):
+        nodes.place(ENGINE)
+    assert nodes.place(TRAINER).host == "c"
+
+
+def test_a_step_shares_its_node_and_belongs_to_its_component() -> None:
+    job = Job(id="7", components=(("a", "b"), ("x",)), restarts=0)
+    place = Place(host="x", component=1, first_gpu=2)
+    words = command(job, SlurmConfig(venv="/v"), RUN, "trainer-0", place, TRAINER.argv, gpus=4)
+    assert words[:2] == ["srun", "--het-group=1"]
+    assert {"--nodelist=x", "--overlap", "--job-name=trainer-0"} <= set(words)
+    start = words.index("bash")
+    assert words[start:] == [
+        *("bash", f"{RUN}/slurm/node.sh", "/v/bin/python", "-m", "prl_slurm.task", "2:4"),
+        *("/v/bin/python", "-m", "prl", "worker", "--role", "trainer"),
+    ]
+    assert (job.ids, job.where("x")) == ("7,8", 1)
+
+
+@pytest.mark.parametrize(
+    ("visible", "first", "count", "left", "refused"),
+    [
+        ("4,5,6,7", 1, 2, "5,6", ""),
+        ("GPU-a,GPU-b", 0, 1, "GPU-a", ""),
+        ("4,5", 0, 0, "4,5", ""),
+        ("4,5", 1, 2, "4,5", "node9: the job has 2 devices here, and this process was to have 1 to 2"),
+        ("", 0, 1, "", "node9: the job has 0 devices here, and this process was to have 0 to 0"),
+    ],
+)
+def test_a_process_sees_its_own_of_the_jobs_devices(
+    visible: str, first: int, count: int, left: str, refused: str
+) -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": visible, "SLURMD_NODENAME": "node9"}
+    assert choose(environment, first, count) == refused
+    assert environment["CUDA_VISIBLE_DEVICES"] == left
+
+
+# --- what nodes say ---------------------------------------------------------------------------------------------------
+def probe(host: str, *said: dict[str, Any], clock: float = 0.0) -> Probe:
+    now = time.time()
+    first = {"time": now + clock, "problems": [], "address": host, "port": 1}
+    heard = [(now, first | line) for line in said]
+    job = Job(id="1", components=((host,),), restarts=0)
+    step = Step(name="", host=host, job=job, popen=subprocess.Popen(["true"]))
+    step.popen.wait()
+    return attrs.evolve(Probe(step=step, started=now), heard=heard, noise=["srun: error: no route"])
+
+
+REACHES_ALL: dict[str, Any] = {"unreachable": {}}
+
+
+@pytest.mark.parametrize(
+    ("examined", "problems"),
+    [
+        (probe("a", {}, REACHES_ALL), []),
+        (probe("a", {"problems": ["no plugin"]}), ["no plugin"]),
+        (probe("a"), ["did not answer: srun: error: no route"]),
+        (probe("a", {}), ["answered only once; then: srun: error: no route"]),
+        (
+            probe("a", {}, REACHES_ALL, clock=60.4),
+            ["its clock is at least 60 s ahead of this node's (launcher.clock_skew = 5)"],
+        ),
+        (
+            probe("a", {}, REACHES_ALL, clock=-31.7),
+            ["its clock is at least 32 s behind this node's (launcher.clock_skew = 5)"],
+        ),
+    ],
+)
+def test_a_node_is_judged_by_what_it_says(examined: Probe, problems: list[str]) -> None:
+    assert examined.problems(5.0, 2) == problems
+
+
+def test_the_node_that_most_others_cannot_reach_is_to_blame() -> None:
+    probes = {
+        "a": probe("a", {}, {"unreachable": {"c": "timed out"}}),
+        "b": probe("b", {}, {"unreachable": {"c": "timed out"}}),
+        "c": probe("c", {}, REACHES_ALL),
+        "d": probe("d", {"problems": ["no plugin"]}),
+    }
+    problems = {host: examined.problems(5.0, 2) for host, examined in probes.items()}
+    assert unreachable(probes, problems) == {"c": ["a cannot reach c (timed out); see run.network"]}

@@ -1,0 +1,194 @@
+"""Whole runs on a real Slurm: across nodes, side by side, through lost nodes and the end of their time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.jobs import TWO_TRAINER_NODES, Job, command, launch
+
+THRESHOLD = 0.6
+"""Share of vowels in what the policy says; it begins below a third of that, and passes it after some 20 steps."""
+LEARNS = ("run.steps=40", "engine.nodes=2", "rollouts.workers=2", *TWO_TRAINER_NODES)
+ENDLESS = ("run.steps=100000", "checkpoints.every=20", "checkpoints.keep_last=3")
+
+
+@pytest.fixture(autouse=True)
+def all_nodes_idle(slurm: Cluster) -> Iterator[None]:
+    """A test finds every node up, and leaves no job and no node behind."""
+    yield
+    for job in slurm.jobs():
+        slurm.command("scancel", "--full", job)
+    until(lambda: not slurm.jobs(), "jobs are left")
+    for node, state in slurm.states().items():
+        if state.startswith("down"):
+            slurm.power_on(node)
+
+
+# --- the main job -----------------------------------------------------------------------------------------------------
+def test_the_main_job_learns_across_four_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    dry = command(slurm, tmp_path / "main", *LEARNS, words=["--dry-run"])
+    assert dry.returncode == 0, dry.stderr
+    assert not (tmp_path / "main").exists()
+    run = launch(slurm, tmp_path / "main", *LEARNS)
+    submitted = run.dir.path / "slurm"
+    shown = dry.stdout.partition("--- slurm/job.sh\n")[2].partition("\n--- slurm/node.sh\n")
+    assert (submitted / "job.sh").read_text().rstrip() == shown[0].rstrip()
+    assert (submitted / "node.sh").read_text().rstrip() == shown[2].rstrip()
+    run.until(lambda: run.state.get("status") == "running", "it did not begin")
+    hosts = {f"{entry['role']}-{entry['index']}": entry["host"] for entry in run.entries}
+    assert hosts == {
+        "controller-0": "node1",
+        "engine-0": "node1",
+        "engine-1": "node2",
+        "environment-0": "node1",
+        "environment-1": "node2",
+        "trainer-0": "node3",
+        "trainer-1": "node4",
+    }
+    addresses = [slurm.addresses[node] for node in ("node1", "node2")]
+    assert [url.removeprefix("http://").partition(":")[0] for url in run.state["engines"]] == addresses
+    assert json.loads(run.dir.rendezvous.read_text())["host"] == slurm.addresses["node3"]
+    status = run.prl("status")
+    assert re.search(rf"^  job +{run.id} RUNNING on node\[1-4\]$", status, re.M)
+    assert re.search(r"^  trainer-1 +pid \d+ +node4 +in the job +logs/attempt-1/trainer-1.log$", status, re.M)
+    followed = run.prl("logs", "-f")  # until the job is over
+    assert {line.partition(" ")[0] for line in followed.splitlines()} == {"controller-0"}  # who else has a word to say
+    assert "engine 1 (http://" in followed
+    assert run.ended() == "finished"
+    rewards = [line["reward/mean"] for line in run.rl_steps]
+    assert rewards[0] < THRESHOLD / 2
+    assert max(rewards[-5:]) > THRESHOLD
+    run.audited()
+
+
+# --- heterogeneous, side by side, stopped -----------------------------------------------------------------------------
+def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    apart = launch(slurm, tmp_path / "apart", *ENDLESS, *TWO_TRAINER_NODES, "launcher.allocation=heterogeneous")
+    on_node1 = ("launcher.allocation=shared", "launcher.options=['--nodelist=node1']")
+    shared = launch(slurm, tmp_path / "shared", "run.steps=8", *on_node1)
+    apart.until(lambda: len(apart.rl_steps) >= 3, "it did not begin")
+    components = slurm.command("squeue", "-h", "-o", "%i %N", "--jobs", apart.id).splitlines()
+    assert [line.split()[0] for line in components] == [f"{apart.id}+0", f"{apart.id}+1"]
+    assert {apart.host("trainer-0"), apart.host("trainer-1")}.isdisjoint({apart.host("engine-0")})
+    assert shared.ended() == "finished"
+    assert {entry["host"] for entry in shared.entries} == {"node1"}
+    assert len(shared.rl_steps) == 8
+    shared.audited()
+    assert apart.prl("stop").splitlines()[-1] == "stopped"
+    assert not slurm.jobs("apart")
+    assert (apart.checkpoint / "manifest.json").is_file()
+    assert apart.dir.attempts() == [1]
+    apart.audited()
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+def test_the_time_limit_leads_to_a_cut_and_the_run_goes_on_in_its_next_turn(slurm: Cluster, tmp_path: Path) -> None:
+    timed = ("launcher.time='30'", "launcher.cut_seconds=100", "checkpoints.every=0")
+    run = launch(slurm, tmp_path / "timed", *ENDLESS, *timed)
+    run.until(lambda: len(run.rl_steps) >= 3, "it did not begin")
+    slurm.command("scontrol", "update", f"jobid={run.id}", "timelimit=2")
+    until(lambda: slurm.jobs("timed") == {run.id: "PENDING"}, f"it does not queue again: {run.tell()}", 200.0)
+    assert run.state["status"] == "queued again"
+    slurm.command("scontrol", "update", f"jobid={run.id}", "timelimit=30")
+    until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", 200.0)
+    assert slurm.jobs("timed") == {run.id: "RUNNING"}
+    cut = run.turns[1]["step"]
+    assert cut >= 3
+    run.until(lambda: run.state["step"] >= cut + 3, "it does not train on")
+    assert run.prl("stop").splitlines()[-1] == "stopped"
+    assert run.dir.attempts() == [1, 2]
+    assert [line["step"] for line in run.steps] == list(range(1, run.state["step"] + 1))
+    assert list(run.chain()) == list(range(run.state["step"] + 1))
+    run.audited()
+
+
+# --- nodes that go ----------------------------------------------------------------------------------------------------
+def test_a_lost_engine_moves_to_a_spare_and_a_lost_trainer_waits_for_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    run = launch(slurm, tmp_path / "lossy", *ENDLESS, "engine.nodes=2", "launcher.spare_nodes=1")
+    run.until(lambda: len(run.rl_steps) >= 3, "it did not begin")
+    assert (run.host("engine-1"), run.host("trainer-0")) == ("node2", "node3")
+    slurm.power_off("node2")
+    run.until(lambda: run.host("engine-1") == "node4", "engine-1 did not move")
+    before = run.state["step"]
+    run.until(lambda: run.state["step"] > before + 3, "it does not train on")
+    run.until(lambda: sum("engine 1" in line and "serves" in line for line in controller_log(run)) == 2, "no engine 1")
+    assert run.dir.attempts() == [1]
+    run.until(lambda: list(run.dir.checkpoints.glob("step-*/manifest.json")), "no checkpoint")
+    slurm.power_off("node3")
+    until(lambda: slurm.jobs("lossy") == {run.id: "PENDING"}, f"it does not wait: {run.tell()}", 120.0)
+    for node in ("node2", "node3"):
+        slurm.power_on(node)
+    until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", 120.0)
+    assert run.turns[1]["step"] % 20 == 0
+    assert run.turns[1]["step"] > 0
+    assert run.prl("stop").splitlines()[-1] == "stopped"
+    run.audited()
+
+
+def controller_log(run: Job) -> list[str]:
+    return (run.dir.logs() / "controller-0.log").read_text().splitlines()
+
+
+# --- before training --------------------------------------------------------------------------------------------------
+EXTRA = "from prl import hookimpl\n"
+
+
+def test_a_plugin_that_one_node_lacks_is_refused_before_training(slurm: Cluster, tmp_path: Path) -> None:
+    site = install(tmp_path / "site", "extra")
+    for node in slurm.nodes:
+        (tmp_path / node).symlink_to(site if node != "node3" else tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    here = attrs.evolve(slurm, more={"PYTHONPATH": str(site)})
+    setup = f"launcher.setup=['export PYTHONPATH={tmp_path}/$SLURMD_NODENAME']"
+    run = launch(here, tmp_path / "lacking", *LEARNS, setup, words=["--plugins", "extra"])
+    assert run.ended() == "failed"
+    error = run.state["error"].splitlines()
+    assert error[0] == "1 of 4 nodes cannot take part, and no spare is left"
+    assert "node3" in error[1]
+    assert any(line.strip().startswith("extra: launched with 0.0.1") for line in error)
+    assert error[-1].endswith("prl resume --set launcher.exclude=node3")
+    assert not run.steps
+
+
+def install(site: Path, name: str) -> Path:
+    """A distribution `prl-NAME` with a plugin that provides nothing, in a folder of its own."""
+    (site / f"prl_{name}").mkdir(parents=True)
+    (site / f"prl_{name}" / "__init__.py").write_text(EXTRA)
+    metadata = site / f"prl_{name}-0.0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: prl-{name}\nVersion: 0.0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[prl]\n{name} = prl_{name}\n")
+    return site
+
+
+@pytest.mark.parametrize(
+    ("edits", "sentence"),
+    [
+        (["launcher.partition=nowhere"], "sbatch would refuse this job: .*invalid partition specified: nowhere"),
+        (["launcher.spare_nodes=9"], "sbatch would refuse this job: "),
+        (["launcher.gres='gpu:9'"], "sbatch would refuse this job: "),
+    ],
+)
+def test_what_slurm_would_refuse_is_refused_before_anything_is_made(
+    slurm: Cluster, tmp_path: Path, edits: list[str], sentence: str
+) -> None:
+    refused = command(slurm, tmp_path / "refused", *edits)
+    assert refused.returncode == 2
+    assert re.search(sentence, refused.stderr)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_run_that_waits_is_taken_out_of_the_queue(slurm: Cluster, tmp_path: Path) -> None:
+    run = launch(slurm, tmp_path / "waiting", "launcher.options=['--begin=now+1hour']")
+    assert slurm.jobs("waiting") == {run.id: "PENDING"}
+    assert "(BeginTime)" in run.prl("status")
+    assert run.prl("stop").splitlines()[-1] == "stopped"
+    assert slurm.jobs("waiting") == {}
+    assert run.prl("status").split()[2] == "stopped"
