@@ -23,6 +23,7 @@ IMPORTED_BY = {
     ("model", "weights"): "trainer, engine",
     ("model", "render"): "environment",
     ("model", "limits"): "prl launch",
+    ("model", "routing"): "controller, environment, engine, trainer",
     ("environment", "build"): "environment",
     ("scheduler", "build"): "controller",
     ("advantage", "build"): "controller",
