@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,3 +156,20 @@ def launched(
             popen.send_signal(signal.SIGTERM)
             popen.send_signal(signal.SIGTERM)
             popen.communicate(timeout=PATIENCE)
+
+
+def kill(run: Launched) -> None:
+    """Everything at once, the launcher first, as a machine that loses power."""
+    run.popen.kill()
+    for pid in run.processes():
+        os.kill(pid, signal.SIGKILL)
+    run.popen.communicate()
+
+
+def sets(edits: Iterable[str]) -> list[str]:
+    return [word for edit in edits for word in ("--set", edit)]
+
+
+def succeed(*words: str) -> None:
+    done = prl(*words)
+    assert done.returncode == 0, done.stdout + done.stderr

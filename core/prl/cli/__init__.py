@@ -22,6 +22,7 @@ from prl.cli import (
     logs,
     plan,
     plugins,
+    replay,
     report,
     resume,
     simulate,
@@ -33,7 +34,7 @@ from prl.cli import (
 from prl.errors import PrlError
 
 COMMANDS = (
-    *(launch, status, logs, stop, resume, report, audit, explain, simulate),
+    *(launch, status, logs, stop, resume, report, audit, explain, replay, simulate),
     *(plan, bench, config, plugins, weights, worker),
 )
 """In the order in which `prl --help` shows them."""
