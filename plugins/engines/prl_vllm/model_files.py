@@ -38,6 +38,11 @@ class Described:
         """Keys and values are kept as latents (MLA)."""
         return "kv_lora_rank" in self.hf_config
 
+    @property
+    def recurrent(self) -> bool:
+        """Some layers keep a state in the place of keys and values (Mamba-2)."""
+        return "ssm_state_size" in self.hf_config
+
 
 def describe(composition: Composition) -> Described:
     """From the config alone: the module is built without memory."""
@@ -97,7 +102,7 @@ def _dense(hf_config: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 def check(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
     """InfrastructureError names what a version lacks, or has in another shape, or has too much."""
-    what = f"version {manifest.version} at {manifest.location}"
+    what = f"version {manifest.version} at {manifest.where}"
     sent = {record.name: record.shape for record in manifest.tensors}
     for name, shape in shapes.items():
         if name not in sent:
