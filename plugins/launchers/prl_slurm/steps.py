@@ -40,7 +40,7 @@ class Job:
         size = int(os.environ.get("SLURM_HET_SIZE", "0"))
         names = [f"SLURM_JOB_NODELIST_HET_GROUP_{index}" for index in range(size)] or ["SLURM_JOB_NODELIST"]
         return cls(
-            id=os.environ.get("SLURM_HET_JOB_ID") or os.environ["SLURM_JOB_ID"],
+            id=_own_id(os.environ),
             components=tuple(tuple(commands.hostnames(os.environ[name])) for name in names),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
@@ -52,12 +52,21 @@ class Job:
     @property
     def ids(self) -> str:
         """Of every component, as squeue wants them."""
-        first = int(self.id)
-        return ",".join(str(first + index) for index in range(len(self.components)))
+        if not self.heterogeneous:
+            return self.id
+        return ",".join(str(int(self.id) + index) for index in range(len(self.components)))
 
     def where(self, host: str) -> int:
         """The component that has the host."""
         return next(index for index, hosts in enumerate(self.components) if host in hosts)
+
+
+def _own_id(environment: Mapping[str, str]) -> str:
+    """One element of an array must be named as such: the number of its last one means the whole array."""
+    array, element = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if array and element:
+        return f"{array}_{element}"
+    return environment.get("SLURM_HET_JOB_ID") or environment["SLURM_JOB_ID"]
 
 
 @attrs.frozen(kw_only=True)
