@@ -130,13 +130,24 @@ def start(
     return Step(name=name, host=place.host, job=job, popen=popen)
 
 
+def guard(job: Job, config: SlurmConfig, host: str, watched: str) -> Step:
+    """Start `guard.py` on a node, outside any container: it speaks to Slurm."""
+    words = [*_srun(job, "guard", Place(host=host, component=job.where(host), first_gpu=0)), python(config)]
+    popen = subprocess.Popen([*words, "-m", "prl_slurm.guard", job.id, watched], stdin=subprocess.DEVNULL)
+    return Step(name="guard", host=host, job=job, popen=popen)
+
+
 def command(
     job: Job, config: SlurmConfig, run: Path, name: str, place: Place, argv: Sequence[str], *, gpus: int = 0
 ) -> list[str]:
-    """The srun of a step. It shares its node with the run's other steps: the plan has divided it already."""
-    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
-    shared = ["--overlap", "--mem=0", "--export=ALL", "--input=none"]
-    component = [f"--het-group={place.component}"] if job.heterogeneous else []
+    """The srun of a process of the run."""
     devices = [python(config), "-m", "prl_slurm.task", f"{place.first_gpu}:{gpus}"]
     inner = ["bash", str(run / "slurm" / "node.sh"), *devices, python(config), *argv[1:]]
-    return ["srun", *component, *step, *shared, *pyxis(config, run), *inner]
+    return [*_srun(job, name, place), *pyxis(config, run), *inner]
+
+
+def _srun(job: Job, name: str, place: Place) -> list[str]:
+    """A step of one task. It shares its node with the run's other steps: the plan has divided it already."""
+    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
+    component = [f"--het-group={place.component}"] if job.heterogeneous else []
+    return ["srun", *component, *step, "--overlap", "--mem=0", "--export=ALL", "--input=none"]
