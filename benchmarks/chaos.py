@@ -3,11 +3,11 @@
     python -m benchmarks.chaos                    from the root of a checkout; some twenty minutes on two cores
     python -m benchmarks.chaos --strikes 20
 
-One run of benchmarks/chaos.toml (two engines, two environment workers, two trainer ranks) under `prl launch`. A strike is
-a SIGKILL or a SIGSTOP to one process, both as often for every kind, in a seeded order, at a random moment after the run
-has trained an rl step that it never trained before; a second engine or environment worker may be struck before the first
-is back. The run recovers by itself and goes on to its last step. Then its ledger is read: a strike is over for an engine or
-environment worker when a group was placed on its successor, for the others when a step was trained again.
+One run of benchmarks/chaos.toml (two engines, two environment workers, two trainer ranks) under `prl launch`. A strike
+is a SIGKILL or a SIGSTOP to one process, both as often for every kind, in a seeded order, at a random moment after the
+run has trained an rl step that it never trained before; a second engine or environment worker may be struck before the
+first is back. The run recovers by itself and goes on to its last step. Then its ledger is read: a strike is over for an
+engine or environment worker when a group was placed on its successor, for the others when a step was trained again.
 
 Results go to benchmarks/results/chaos.json.
 """

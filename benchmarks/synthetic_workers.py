@@ -131,7 +131,7 @@ def _read(folder: ColumnFolder, micro: MicroBatch) -> int:
 
 def _done(version: int, read: int) -> StepDone:
     record = TensorRecord(name="w", dtype="float32", shape=(1,), offset=0, nbytes=4, checksum=0)
-    manifest = Manifest(version=version, location="nowhere", tensors=(record,))
+    manifest = Manifest.single(version=version, location="nowhere", tensors=(record,))
     values = {"large_bytes": float(read)}
     return StepDone(step=version, version=version, sums={}, values=values, seconds={"wait": 0.0}, manifest=manifest)
 

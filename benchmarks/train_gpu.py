@@ -69,7 +69,7 @@ class Case:
     build: Callable[[], nn.Module]
     lengths: tuple[int, ...]
     """Tokens of each document; all in one micro-batch."""
-    trainer: TrainerSection = TrainerSection()
+    trainer: TrainerSection = attrs.field(factory=TrainerSection)
     loop: str = "prl"
     """`prl` or `transformers`."""
     note: str = ""
@@ -99,7 +99,9 @@ def cases(smoke: bool, compiled: bool) -> Iterator[Case]:
                 name = f"qwen3-0.6b/{label}/{documents}/checkpointing {way}"
                 yield Case(name=f"{name}/prl", build=dense, lengths=lengths, trainer=trainer)
                 if documents == "one document" and way != "mlp":
-                    yield Case(name=f"{name}/transformers", build=dense, lengths=lengths, trainer=trainer, loop="transformers")
+                    yield Case(
+                        name=f"{name}/transformers", build=dense, lengths=lengths, trainer=trainer, loop="transformers"
+                    )
     toy: dict[str, Any] = {"size": "toy"}
     sparse = toy if smoke else {"size": "full", "layers": 5, "experts": 64}
     hybrid = toy if smoke else {"size": "full", "pattern": "MEM*E", "experts": 64}
@@ -238,7 +240,9 @@ def flops(model: nn.Module, lengths: Sequence[int]) -> float:
             products -= weights * (1 - module.gate.experts_per_token / len(module.gate.weight))
         if getattr(module, "kind", "") == "attention":
             sizes = getattr(module, "sizes", None)
-            width = module.heads * 2 * module.head_dim if sizes is None else sizes.heads * (sizes.qk_dim + sizes.value_dim)
+            width = (
+                module.heads * 2 * module.head_dim if sizes is None else sizes.heads * (sizes.qk_dim + sizes.value_dim)
+            )
             attention += 2 * width * pairs
     return 6 * products * total + 3 * attention
 
@@ -298,9 +302,7 @@ def attention(smoke: bool) -> Iterator[dict[str, Any]]:
 
     total = 512 if smoke else 65_536
     dtype = torch.bfloat16 if CUDA else torch.float32
-    q, k, v = (
-        torch.randn(total, heads, 128, device=DEVICE, dtype=dtype, requires_grad=True) for heads in (16, 8, 8)
-    )
+    q, k, v = (torch.randn(total, heads, 128, device=DEVICE, dtype=dtype, requires_grad=True) for heads in (16, 8, 8))
     chosen = module._LONG
     for length in (total // 32, total // 16, total // 8, total // 4, total):
         row: dict[str, Any] = {"name": "attention", "documents": total // length, "length": length}

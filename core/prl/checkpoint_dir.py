@@ -28,7 +28,7 @@ import cattrs
 
 from prl.errors import CheckpointError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 CONTROLLER_FILES = STATE, GROUPS = "controller.json", "pending.groups"
 """The controller's part of a checkpoint."""
@@ -172,12 +172,15 @@ def check_sizes(path: Path, manifest: CheckpointManifest) -> None:
         _check_size(path / name, record)
 
 
+def check_size(path: Path, manifest: CheckpointManifest, name: str) -> None:
+    """CheckpointError unless this file is there and has its size."""
+    _check_size(path / name, _record(path, manifest, name))
+
+
 def verify(path: Path, manifest: CheckpointManifest, names: Iterable[str]) -> None:
     """Read these files of a checkpoint; CheckpointError names the first that is not what was written."""
     for name in names:
-        record = manifest.files.get(name)
-        if record is None:
-            raise CheckpointError(f"checkpoint {path} has no {name}: its {MANIFEST} does not list it")
+        record = _record(path, manifest, name)
         _check_size(path / name, record)
         checksum = _checksum(path / name)
         if checksum != record.checksum:
@@ -185,6 +188,13 @@ def verify(path: Path, manifest: CheckpointManifest, names: Iterable[str]) -> No
                 f"{path / name} is damaged: its checksum is {checksum:08x} where {record.checksum:08x} was written; "
                 f"{_REMEDY}"
             )
+
+
+def _record(path: Path, manifest: CheckpointManifest, name: str) -> FileRecord:
+    record = manifest.files.get(name)
+    if record is None:
+        raise CheckpointError(f"checkpoint {path} has no {name}: its {MANIFEST} does not list it")
+    return record
 
 
 def _check_size(file: Path, record: FileRecord) -> None:

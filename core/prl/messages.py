@@ -106,7 +106,7 @@ class TrainStep:
 
 @attrs.frozen(kw_only=True)
 class StepDone:
-    """What a rank reports after a step, and the manifest from the rank that published.
+    """What a rank reports after a step, and the manifest of the part it published, if it was asked to.
 
     `sums` are over the rank's own tokens; the controller adds ranks and divides `loss/<stream>[/<metric>]` by the
     stream's global token count, and `mismatch/k3`, `mismatch_fresh/k3` and `entropy` by `<first word>/count`.

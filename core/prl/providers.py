@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
@@ -233,7 +233,22 @@ class Advantage(Provider):
 
 
 AdvantageFunction: TypeAlias = "Callable[[Group], Sequence[float] | Sequence[Sequence[float]]]"
-"""One number per rollout (spread over its sampled tokens), or one per token of each rollout."""
+"""One number per rollout (spread over its sampled tokens), or one per token of each rollout.
+
+One that learns from the groups it sees is a `StatefulAdvantage`.
+"""
+
+
+@runtime_checkable
+class StatefulAdvantage(Protocol):
+    """An `AdvantageFunction` with a memory, such as a running baseline: checkpoints carry it."""
+
+    def __call__(self, group: Group) -> Sequence[float] | Sequence[Sequence[float]]: ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """JSON-ready, and not changed by later calls."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @attrs.frozen(kw_only=True)
@@ -398,14 +413,14 @@ class WeightTransport(Provider):
     """How the bytes of a version travel from trainer to engine."""
 
     send: Ref
-    """trainer: `(config, run_dir: Path) -> WeightSender`"""
+    """trainer: `(config, run_dir: Path, rank: int) -> WeightSender`; every rank has one and sends tensors of its own"""
     receive: Ref
     """engine: `(config, run_dir: Path) -> WeightReceiver`"""
 
 
 class WeightSender(Protocol):
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """Write every tensor once; when it returns, any engine can fetch the version."""
+        """Write every tensor of this rank once; when it returns, any engine can fetch them. The part's manifest."""
 
     def retire(self, version: int) -> None:
         """No engine will ask for this version again: free it. Idempotent."""
@@ -415,7 +430,7 @@ class WeightSender(Protocol):
 
 class WeightReceiver(Protocol):
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the manifest, verified; InfrastructureError names the tensor whose checksum differs."""
+        """Every tensor of every part, verified; InfrastructureError names the tensor whose checksum differs."""
 
     def close(self) -> None: ...
 

@@ -291,13 +291,35 @@ class TensorRecord:
 
 
 @attrs.frozen(kw_only=True)
+class WeightPart:
+    """The tensors of a version that one trainer rank sends."""
+
+    location: str
+    """Meaning belongs to the weight transport: a path, a segment's name, an address."""
+    tensors: tuple[TensorRecord, ...]
+
+
+@attrs.frozen(kw_only=True)
 class Manifest:
     """One published policy version: enough for an engine to fetch and verify it."""
 
     version: int
-    location: str
-    """Meaning belongs to the weight transport: a path, a segment's name, an address."""
-    tensors: tuple[TensorRecord, ...]
+    parts: tuple[WeightPart, ...]
+    """By trainer rank; each tensor is in one of them, whole."""
+
+    @classmethod
+    def single(cls, *, version: int, location: str, tensors: tuple[TensorRecord, ...]) -> Manifest:
+        """What one rank sends: a version, or its part of one."""
+        return cls(version=version, parts=(WeightPart(location=location, tensors=tensors),))
+
+    @property
+    def tensors(self) -> tuple[TensorRecord, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return ", ".join(part.location for part in self.parts)
 
     @property
     def nbytes(self) -> int:

@@ -118,7 +118,7 @@ def demonstration(index: int) -> Sample:
 
 def manifest(version: int) -> Manifest:
     record = TensorRecord(name="w", dtype="float32", shape=(1,), offset=0, nbytes=4, checksum=0)
-    return Manifest(version=version, location=f"v{version}", tensors=(record,))
+    return Manifest.single(version=version, location=f"v{version}", tensors=(record,))
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------
@@ -423,6 +423,8 @@ class FakeRun:
         self.run_dir = RunDir(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.run_dir.create_token()
+        for path in (self.run_dir.config, self.run_dir.lock):
+            path.write_text("")
 
     def go(self) -> None:
         """To the end; raises what the controller raises."""

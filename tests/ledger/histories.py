@@ -28,7 +28,7 @@ def weights(version: int) -> Manifest:
         TensorRecord(name=name, dtype="float32", shape=(2,), offset=0, nbytes=8, checksum=100 * version + len(name))
         for name in ("w", "bias")
     )
-    return Manifest(version=version, location=f"v{version}", tensors=tensors)
+    return Manifest.single(version=version, location=f"v{version}", tensors=tensors)
 
 
 @attrs.define
@@ -178,6 +178,20 @@ def eventful(script: Script | None = None) -> Script:
     script.group()
     script.issue()
     return script
+
+
+def arrivals(groups: Sequence[Sequence[int]]) -> list[facts.Fact]:
+    """Groups whose first attempt is lost in flight, and whose second comes back with these lengths and is refused."""
+    script = Script()
+    script.launch()
+    for lengths in groups:
+        script.drop(script.issue(), "stale")
+        again = script.issue()
+        rollouts = tuple(rollout(f"{again.group_id}.{n}", sampled=length) for n, length in enumerate(lengths))
+        group = Group(group_id=again.group_id, task=again.task, attempt=1, started_version=0, rollouts=rollouts)
+        script.tell(facts.Arrived(group=group, admitted=False))
+        script.drop(again, "stale")
+    return script.facts
 
 
 def write(path: Path, told: Sequence[facts.Fact], *, start: float = 1000.0) -> str:

@@ -91,7 +91,7 @@ class Served:
 
     def write(self, version: int, model: Decoder) -> Manifest:
         """What the trainer does at the end of a step."""
-        return send(DiskConfig(), self.folder).send(version, model.state_dict().items())
+        return send(DiskConfig(), self.folder, 0).send(version, model.state_dict().items())
 
     async def update(self, version: int, model: Decoder) -> None:
         await self.client.prepare(self.write(version, model))

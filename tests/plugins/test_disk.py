@@ -18,7 +18,7 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 
 
 def test_an_engine_fetches_what_the_trainer_sent(tmp_path):
-    sender, receiver = send(DiskConfig(), tmp_path), receive(DiskConfig(), tmp_path)
+    sender, receiver = send(DiskConfig(), tmp_path, 0), receive(DiskConfig(), tmp_path)
     sent = weights(3)
     manifest = sender.send(3, sent.items())
     fetched = dict(receiver.fetch(manifest))
@@ -30,13 +30,13 @@ def test_an_engine_fetches_what_the_trainer_sent(tmp_path):
 
 def test_a_version_is_a_safetensors_file_of_the_run(tmp_path):
     sent = weights(3)
-    send(DiskConfig(), tmp_path).send(3, sent.items())
-    loaded = load_file(tmp_path / "weights" / "version-3" / "model.safetensors")
+    send(DiskConfig(), tmp_path, 0).send(3, sent.items())
+    loaded = load_file(tmp_path / "weights" / "version-3" / "model-00000.safetensors")
     assert all(torch.equal(loaded[name], sent[name]) for name in sent)
 
 
 def test_retired_versions_are_removed_and_others_stay(tmp_path):
-    sender, receiver = send(DiskConfig(), tmp_path), receive(DiskConfig(), tmp_path)
+    sender, receiver = send(DiskConfig(), tmp_path, 0), receive(DiskConfig(), tmp_path)
     old, new = sender.send(1, weights(1).items()), sender.send(2, weights(2).items())
     sender.retire(1)
     sender.retire(1)
@@ -48,7 +48,7 @@ def test_retired_versions_are_removed_and_others_stay(tmp_path):
 
 
 def test_a_version_sent_again_replaces_the_one_before(tmp_path):
-    sender, receiver = send(DiskConfig(), tmp_path), receive(DiskConfig(), tmp_path)
+    sender, receiver = send(DiskConfig(), tmp_path, 0), receive(DiskConfig(), tmp_path)
     sender.send(1, weights(1).items())
     again = sender.send(1, weights(9).items())
     fetched = dict(receiver.fetch(again))
@@ -56,14 +56,14 @@ def test_a_version_sent_again_replaces_the_one_before(tmp_path):
 
 
 def test_only_what_lies_in_the_run_is_read(tmp_path):
-    elsewhere = send(DiskConfig(), tmp_path / "another run").send(7, weights(7).items())
+    elsewhere = send(DiskConfig(), tmp_path / "another run", 0).send(7, weights(7).items())
     with pytest.raises(InfrastructureError, match=r"version 7: .* is not in .*, where weights are read from"):
         list(receive(DiskConfig(), tmp_path / "run").fetch(elsewhere))
 
 
 def test_a_flipped_byte_is_refused(tmp_path):
-    manifest = send(DiskConfig(), tmp_path).send(7, weights(7).items())
-    path = Path(manifest.location)
+    manifest = send(DiskConfig(), tmp_path, 0).send(7, weights(7).items())
+    path = Path(manifest.parts[0].location)
     content = bytearray(path.read_bytes())
     content[manifest.tensors[-1].offset] ^= 1
     path.write_bytes(content)

@@ -25,7 +25,7 @@ def sender(request, tmp_path, monkeypatch):
     if request.param == "files":
         monkeypatch.delattr(os, "memfd_create", raising=False)
         monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    sender = send(CONFIG, RUN)
+    sender = send(CONFIG, RUN, 0)
     assert isinstance(sender, FileSender if request.param == "files" else MemorySender)
     yield sender
     sender.close()
@@ -41,7 +41,7 @@ def fetched(manifest: Manifest) -> dict[str, torch.Tensor]:
 
 
 def overwrite(manifest: Manifest, content: bytes) -> None:
-    with Path(manifest.location).open("r+b") as file:
+    with Path(manifest.parts[0].location).open("r+b") as file:
         file.truncate(len(content))
         file.write(content)
 
@@ -103,7 +103,7 @@ def test_nothing_can_be_fetched_from_a_sender_that_closed(sender):
 
 def test_a_flipped_byte_is_refused(sender):
     manifest = sender.send(4, weights(4).items())
-    content = bytearray(Path(manifest.location).read_bytes())
+    content = bytearray(Path(manifest.parts[0].location).read_bytes())
     content[manifest.tensors[1].offset] ^= 1
     overwrite(manifest, content)
     with pytest.raises(InfrastructureError, match="weights of version 4: tensor b has checksum"):
@@ -112,7 +112,7 @@ def test_a_flipped_byte_is_refused(sender):
 
 def test_a_truncated_segment_is_refused(sender):
     manifest = sender.send(4, weights(4).items())
-    overwrite(manifest, Path(manifest.location).read_bytes()[:-1])
+    overwrite(manifest, Path(manifest.parts[0].location).read_bytes()[:-1])
     with pytest.raises(InfrastructureError, match="weights of version 4: tensor b ends at byte"):
         fetched(manifest)
 
@@ -120,7 +120,7 @@ def test_a_truncated_segment_is_refused(sender):
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs anonymous files")
 def test_a_descriptor_that_means_something_else_now_is_gone(tmp_path):
     with (tmp_path / "other").open("wb") as other:
-        manifest = Manifest(version=1, location=f"/proc/{os.getpid()}/fd/{other.fileno()}", tensors=())
+        manifest = Manifest.single(version=1, location=f"/proc/{os.getpid()}/fd/{other.fileno()}", tensors=())
         with pytest.raises(InfrastructureError, match=r"weights of version 1: .* is gone"):
             fetched(manifest)
 
@@ -128,7 +128,7 @@ def test_a_descriptor_that_means_something_else_now_is_gone(tmp_path):
 @pytest.mark.parametrize("location", ["/etc/hostname", "/proc/self/mem", "/proc/1/fd/../../self/mem", "\0"])
 def test_nothing_is_read_that_no_sender_wrote(location):
     with pytest.raises(InfrastructureError, match=r"weights of version 1: .* (is not in|is no path)"):
-        fetched(Manifest(version=1, location=location, tensors=()))
+        fetched(Manifest.single(version=1, location=location, tensors=()))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_the_folder_is_private_and_goes_with_the_sender(tmp_path):
 def test_what_an_earlier_attempt_left_is_cleared(tmp_path):
     manifest = FileSender(tmp_path / "weights").send(1, weights(1).items())
     FileSender(tmp_path / "weights")
-    assert not Path(manifest.location).exists()
+    assert not Path(manifest.parts[0].location).exists()
 
 
 def test_a_folder_of_someone_else_is_refused(tmp_path, monkeypatch):

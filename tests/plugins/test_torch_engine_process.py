@@ -34,7 +34,7 @@ class Trainer:
         self._weights = composition.load(provider.weights)(run.model, self.vocab_size)  # type: ignore[attr-defined]
         self._format = composition.build(run.quantization)
         send = composition.load(composition.provider(run.weights).send)  # type: ignore[attr-defined]
-        self.sender = send(run.weights, run_dir.path)
+        self.sender = send(run.weights, run_dir.path, 0)
 
     async def publish(self, client: EngineClient, version: int) -> None:
         named = (

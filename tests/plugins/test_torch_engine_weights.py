@@ -68,7 +68,7 @@ def test_committing_twice_is_fine_and_committing_the_unknown_is_not(tmp_path: Pa
 
 def damaged(engine: Served) -> Manifest:
     manifest = engine.write(1, tiny_model(1))
-    path = Path(manifest.location)
+    path = Path(manifest.parts[0].location)
     content = bytearray(path.read_bytes())
     content[-3] ^= 0x40
     path.write_bytes(content)
@@ -88,7 +88,7 @@ def misshapen(engine: Served) -> Manifest:
 
 def absent(engine: Served) -> Manifest:
     manifest = engine.write(1, tiny_model(1))
-    Path(manifest.location).unlink()
+    Path(manifest.parts[0].location).unlink()
     return manifest
 
 

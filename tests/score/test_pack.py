@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prl.errors import RunError
-from prl.score.pack import first_fit_decreasing, pack
+from prl.score.pack import pack, round_up
 from prl.types import Batch, MicroBatch, Sample
 
 
@@ -95,15 +95,6 @@ def test_token_counts_are_those_of_the_whole_batch(lengths):
         )
 
 
-@given(lengths=lengths, capacity=st.integers(30, 60))
-def test_first_fit_decreasing_wastes_little(lengths, capacity):
-    samples = [sample(number, length) for number, length in enumerate(lengths)]
-    bins = first_fit_decreasing(samples, capacity)
-    fewest = -(-sum(lengths) // capacity)
-    assert len(bins) <= max(fewest, 1.7 * fewest + 1)
-    assert sorted(i for chosen in bins for i in chosen) == list(range(len(samples)))
-
-
 def test_a_batch_knows_its_step_and_phase():
     batch = packed([sample(1, 5)], ranks=1)
     assert (batch.step, batch.version, batch.phase) == (4, 3, "rl")
@@ -120,6 +111,34 @@ def test_ranks_get_about_the_same_number_of_tokens():
     batch = packed(samples, ranks=4, micro_batch_tokens=100)
     loads = [sum(len(micro.tokens) for micro in rank) for rank in batch.ranks]
     assert max(loads) - min(loads) <= 60
+
+
+# --- ranks that share sequences ---------------------------------------------------------------------------------------
+@given(lengths=lengths, context=st.integers(2, 4), capacity=st.integers(5, 60))
+def test_ranks_of_a_context_group_have_consecutive_shares(lengths, context, capacity):
+    samples = [sample(number, length) for number, length in enumerate(lengths)]
+    settings = {"step": 4, "version": 3, "phase": "rl", "micro_batch_tokens": capacity * context}
+    whole = pack(samples, ranks=1, **settings).ranks[0]
+    settings["micro_batch_tokens"] = capacity
+    shared = pack(samples, ranks=context, context=context, **settings).ranks
+    for number, micro in enumerate(whole):
+        parts = [rank[number] for rank in shared]
+        for field in ("tokens", "advantages", "versions", "sampled", "temperatures", "engine_logprobs"):
+            own = np.concatenate([getattr(part, field)[part.own] for part in parts])
+            assert own.tolist() == getattr(micro, field).tolist()
+        for index, part in enumerate(parts):
+            rows = part.shard.rows
+            assert (part.shard.index, part.shard.count) == (index, context)
+            assert part.cu_seqlens.tolist() == micro.cu_seqlens.tolist()
+            assert part.tokens.tolist() == micro.tokens[index * rows : (index + 1) * rows + 1].tolist()
+        assert rows * context >= len(micro.tokens)
+
+
+@given(count=st.integers(1, 100_000))
+def test_rounding_up_adds_little_and_leaves_few_lengths(count):
+    rounded = round_up(count)
+    assert count <= rounded <= count * 33 / 32
+    assert round_up(rounded) == rounded
 
 
 def test_a_sample_longer_than_a_micro_batch_has_one_to_itself():

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from prl import checkpoint_dir
+from prl.blocks.checkpoint import load
 from prl.blocks.sharded import full, local
 from prl.train.checkpoint import TrainerState
-from prl.train.export import Exporter, HuggingFaceExport
+from prl.train.export import Exporter, HuggingFaceExport, Shares
 from prl.train.layout import Layout
 from prl.train.parallel.ranks import Ranks
 from prl.types import Batch, Manifest
+from prl_muon import MuonConfig
+from prl_muon.muon import build as muon
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,6 +28,7 @@ from tests.train.tiny import (
     build_stepper,
     commit_checkpoint,
     pack_batch,
+    qwen3_map,
     random_samples,
 )
 
@@ -37,7 +41,7 @@ class ToFile:
 
     def send(self, version, tensors):
         save_file({name: tensor.clone() for name, tensor in tensors}, self.path)
-        return Manifest(version=version, location=str(self.path), tensors=())
+        return Manifest.single(version=version, location=str(self.path), tensors=())
 
 
 def sharded_model(ranks: Ranks, *, name: str = "tiny", seed: int = 0) -> nn.Module:
@@ -68,16 +72,18 @@ def record_gradients(ranks: Ranks, folder: Path, name: str) -> None:
 
 
 def publish(ranks: Ranks, folder: Path) -> None:
-    names = SameNames()
-    sender = ToFile(folder / "published.safetensors") if ranks.rank == 0 else None
-    model = sharded_model(ranks)
-    manifest = Exporter(model=model, weight_map=names, number_format=names, sender=sender).publish(3)
-    assert (manifest is not None) == (ranks.rank == 0)
-    export = HuggingFaceExport(model=model, weight_map=names, writes=ranks.rank == 0)
-    whole = export.collect(model.state_dict())
-    assert bool(whole) == (ranks.rank == 0)
-    if whole:
-        export.write(whole, folder)
+    """Of experts and of what is made whole, each rank sends and writes a share."""
+    model = sharded_model(ranks, name="qwen3_moe")
+    shares = Shares(model=model, weight_map=qwen3_map(), rank=ranks.rank, ranks=ranks.world_size)
+    sender = ToFile(folder / f"published-{ranks.rank}.safetensors")
+    Exporter(shares=shares, number_format=SameNames(), sender=sender).publish(3)
+    export = HuggingFaceExport(shares=shares, owners=shares.owners())
+    export.write(export.collect(folder), folder)
+    dist.barrier()
+    loaded = sharded_model(ranks, name="qwen3_moe", seed=7)
+    load(loaded, qwen3_map(), folder / "huggingface")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(full(tensor), full(model.state_dict()[name])), name
 
 
 def resume(ranks: Ranks, folder: Path) -> None:
@@ -108,11 +114,27 @@ def trainer_state(ranks: Ranks, seed: int) -> TrainerState:
     return TrainerState(model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=seed)
 
 
+def move_by_muon(ranks: Ranks) -> float:
+    """One step of Muon on matrices that are divided by rows and by expert, beside the same step on whole ones."""
+    batch = pack_batch(random_samples(6), ranks=ranks.world_size)
+    moved = []
+    for divided in (True, False):
+        model = sharded_model(ranks, name="qwen3_moe") if divided else MODELS["qwen3_moe"](0)
+        optimizer = muon(MuonConfig(), model.named_parameters(), 0.01)
+        micro_batches = batch.ranks[ranks.rank] if divided else tuple(m for rank in batch.ranks for m in rank)
+        build_stepper(model, optimizer).step(batch, micro_batches, 0.01)
+        moved.append({name: full(p).detach() for name, p in model.named_parameters()})
+    return max((moved[0][name] - moved[1][name]).abs().max().item() for name in moved[0])
+
+
 def main(folder: Path) -> None:
     ranks = Ranks.join("cpu", Layout(shard=2))
     for name in MODELS:
         record_gradients(ranks, folder, name)
     publish(ranks, folder)
+    experts = Ranks.laid_out(ranks.rank, ranks.device, Layout(shard=2, expert=2))
+    differences = {"shard": move_by_muon(ranks), "expert": move_by_muon(experts)}
+    (folder / f"muon-{ranks.rank}.json").write_text(json.dumps(differences))
     resume(ranks, folder)
     ranks.leave()
 

@@ -128,13 +128,6 @@ def test_a_missing_file(saved):
         trainer().load(saved)
 
 
-def test_fewer_ranks(saved):
-    here = trainer()
-    state = TrainerState(model=here.model, optimizer=here.optimizer, rank=1, world_size=2, seed=0)
-    with pytest.raises(CheckpointError, match="has no part for rank 1: it is of fewer ranks"):
-        state.load(saved)
-
-
 def test_a_snapshot_does_not_see_the_steps_that_follow(tmp_path):
     state = trainer(fused=True)
     train(state, range(1))
@@ -146,11 +139,13 @@ def test_a_snapshot_does_not_see_the_steps_that_follow(tmp_path):
         assert (tmp_path / "later" / name).read_bytes() == (at_once / name).read_bytes()
 
 
-def test_another_number_of_ranks(saved):
-    here = trainer()
-    state = TrainerState(model=here.model, optimizer=here.optimizer, rank=0, world_size=2, seed=0)
-    with pytest.raises(CheckpointError, match=r"written with trainer\.ranks 1, here it is 2"):
-        state.load(saved)
+def test_another_number_of_ranks_loads_the_same_bytes(saved):
+    here, there = trainer(seed=5), trainer()
+    there.load(saved)
+    other = TrainerState(model=here.model, optimizer=here.optimizer, rank=1, world_size=2, seed=0)
+    assert other.load(saved) == 1
+    expected, seen = there.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(seen[name], expected[name]) for name in expected)
 
 
 def test_another_optimizer(saved):

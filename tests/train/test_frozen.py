@@ -9,7 +9,7 @@ import torch
 from prl import checkpoint_dir
 from prl.blocks.decoder import Decoder
 from prl.train.checkpoint import TrainerState
-from prl.train.export import Exporter
+from prl.train.export import Exporter, Shares
 from prl_adamw import AdamWConfig
 from prl_adamw.adamw import build as adamw
 from prl_glm5 import Glm51Config
@@ -82,8 +82,7 @@ def test_frozen_weights_are_published_and_exact_ones_are_not_rounded() -> None:
     bias.copy_(40 + torch.arange(8) * 2**-12)
     sender = Seen()
     Exporter(
-        model=model,
-        weight_map=weight_map(CONFIG, VOCAB),
+        shares=Shares(model=model, weight_map=weight_map(CONFIG, VOCAB)),
         number_format=bf16(Bf16Config()),
         sender=sender,
         float32=("e_score_correction_bias",),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from prl.blocks.checkpoint import load
+from prl.errors import CheckpointError
 from prl.train.agent import launch
 from safetensors.torch import load_file
 
@@ -15,9 +17,11 @@ from tests.train.tiny import (
     MODELS,
     GradientRecorder,
     build_model,
+    build_qwen3,
     build_stepper,
     gradients_of,
     pack_batch,
+    qwen3_map,
     random_samples,
     relative_difference,
 )
@@ -64,14 +68,35 @@ def test_sums_of_the_ranks_add_up_and_the_norm_is_global(reports):
     assert [r["grad_norm"] for r in reports] == pytest.approx([report.values["grad_norm"]] * RANKS, rel=1e-5)
 
 
-@pytest.mark.parametrize("file", ["published.safetensors", "huggingface/model.safetensors"])
-def test_one_rank_sees_whole_tensors(folder, file):
-    published, expected = load_file(folder / file), build_model().state_dict()
-    assert published.keys() == expected.keys()
-    assert all(torch.equal(published[name], expected[name]) for name in expected)
+@pytest.mark.parametrize("files", ["published-*.safetensors", "huggingface/model-*.safetensors"])
+def test_every_rank_has_a_share_and_together_they_are_the_model(folder, files):
+    first, second = (load_file(file) for file in sorted(folder.glob(files)))
+    model = MODELS["qwen3_moe"]()
+    expected = dict(pair for item in model.state_dict().items() for pair in qwen3_map().to_hf(*item))
+    assert not first.keys() & second.keys()
+    together = first | second
+    assert together.keys() == expected.keys()
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
+    sizes = [sum(tensor.nbytes for tensor in share.values()) for share in (first, second)]
+    assert max(sizes) < 0.6 * sum(sizes)
+
+
+def test_the_shares_are_a_checkpoint_that_one_process_loads(folder):
+    loaded, expected = build_qwen3(seed=5, experts=4), MODELS["qwen3_moe"]().state_dict()
+    load(loaded, qwen3_map(), folder / "huggingface")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    (folder / "huggingface" / "model-00002-of-00002.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors cannot be read"):
+        load(loaded, qwen3_map(), folder / "huggingface")
 
 
 def test_resumed_ranks_continue_bit_for_bit(folder):
     resumed, uninterrupted = load_file(folder / "resumed.safetensors"), load_file(folder / "uninterrupted.safetensors")
     assert not torch.equal(uninterrupted["output.weight"], build_model().output.weight)
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+@pytest.mark.parametrize("divided", ["shard", "expert"])
+def test_muon_moves_divided_matrices_as_whole_ones(folder, divided):
+    """A step moves a weight by about 0.002; iterations make more of what differs in the gradients."""
+    assert all(json.loads((folder / f"muon-{rank}.json").read_text())[divided] < 1e-5 for rank in range(RANKS))

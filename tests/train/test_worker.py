@@ -14,7 +14,7 @@ import torch
 from prl import checkpoint_dir
 from prl.compose.compose import Composition, compose, create_run
 from prl.dispatch.hub import Hub
-from prl.dispatch.trainer import Trainer
+from prl.dispatch.trainer import Trainer, manifest_of
 from prl.errors import RunError
 from prl.messages import Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.run_dir import RunDir
@@ -126,7 +126,7 @@ def train_step(version: int, *, publish: bool = False) -> TrainStep:
 
 
 def fetched(manifest) -> dict[str, torch.Tensor]:
-    return dict(receive(DiskConfig(), Path(manifest.location).parents[2]).fetch(manifest))
+    return dict(receive(DiskConfig(), Path(manifest.parts[0].location).parents[2]).fetch(manifest))
 
 
 def test_hello_publish_train_and_retire(launched):
@@ -144,7 +144,7 @@ def test_hello_publish_train_and_retire(launched):
     newest = fetched(second.manifest)
     assert newest.keys() == TinyModel(24).state_dict().keys()
     assert newest["output.weight"].dtype == torch.bfloat16
-    assert not Path(published.manifest.location).exists()
+    assert not Path(published.manifest.parts[0].location).exists()
 
 
 def test_the_seed_makes_the_first_weights(launched):
@@ -201,8 +201,11 @@ def test_two_ranks_under_the_agent(launched, toy_plugin, monkeypatch):
             agent.kill()
     assert (first.version, second.version) == (1, 1)
     assert first.values["grad_norm"] == second.values["grad_norm"] > 0
-    assert second.manifest is None
-    assert fetched(first.manifest)["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
+    shares = [fetched(report.manifest) for report in (first, second)]
+    assert not shares[0].keys() & shares[1].keys()
+    assert all(shares), "both ranks send"
+    assert fetched(manifest_of([first, second])).keys() == shares[0].keys() | shares[1].keys()
+    assert (shares[0] | shares[1])["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
 
 
 def test_the_policy_of_a_checkpoint_is_what_another_run_starts_from(launched, tmp_path):

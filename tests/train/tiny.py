@@ -15,6 +15,7 @@ import torch
 from prl import checkpoint_dir
 from prl.blocks.context import Context
 from prl.blocks.sharded import full
+from prl.blocks.weight_map import ListedWeightMap
 from prl.checkpoint_dir import CheckpointManifest, FileRecord
 from prl.score.pack import pack
 from prl.train.step import Stepper
@@ -24,6 +25,7 @@ from prl_policy_gradient import CrossEntropyConfig, DppoConfig, RefKLConfig
 from prl_policy_gradient.losses import cross_entropy, dppo, ref_kl
 from prl_qwen3 import Qwen3Config
 from prl_qwen3.network import build as qwen3
+from prl_qwen3.weights import weight_map
 from torch import Tensor, nn
 
 VOCAB, WIDTH = 23, 12
@@ -102,8 +104,16 @@ def build_model(seed: int = 0) -> TinyModel:
 def build_qwen3(seed: int = 0, *, experts: int = 0) -> nn.Module:
     """A real model family at the same vocabulary, dense or with experts."""
     torch.manual_seed(seed)
+    return qwen3(qwen3_config(experts), VOCAB)
+
+
+def qwen3_config(experts: int) -> Qwen3Config:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8}
-    return qwen3(Qwen3Config(**sizes, experts=experts, expert_intermediate_size=12), VOCAB)
+    return Qwen3Config(**sizes, experts=experts, expert_intermediate_size=12)
+
+
+def qwen3_map(experts: int = 4) -> ListedWeightMap:
+    return weight_map(qwen3_config(experts), VOCAB)
 
 
 MODELS = {"tiny": build_model, "qwen3": build_qwen3, "qwen3_moe": functools.partial(build_qwen3, experts=4)}
@@ -129,7 +139,7 @@ def build_stepper(model: nn.Module, optimizer: torch.optim.Optimizer, **changes:
 
 
 def random_samples(count: int = 6, *, seed: int = 0, version: int = 5, longest: int = 11) -> list[Sample]:
-    """Samples of 3 to `longest` tokens: half of each is sampled and in one stream or two, with weights that are not all 1."""
+    """Samples of 3 to `longest` tokens: half of each is sampled, in one stream or two, not all weights are 1."""
     draw = np.random.default_rng(seed)
     return [_random_sample(draw, index, version, longest) for index in range(count)]
 

@@ -28,9 +28,9 @@ from prl.blocks.padding import Padding
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """torch 2.11 takes grouped keys without being told."""
 
-_LONG = 4096
-"""Tokens of a document from which torch's fixed-length attention outruns its variable-length kernel on a Hopper GPU, where
-it may take cuDNN's (benchmarks/train_gpu.py --only attention)."""
+_LONG = 3072
+"""Tokens of a document from which torch's fixed-length attention outruns its variable-length kernel on a Hopper GPU
+(benchmarks/train_gpu.py --only attention: level at 2,048, 1.3 times as fast at 4,096, 1.75 times at 16,384)."""
 
 
 @seam
@@ -104,13 +104,13 @@ def _are_long(context: Context) -> bool:
     return long
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_document(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
     """One fixed-length kernel per document; how many there are is nothing to compile for."""
-    lengths = context.lengths
+    lengths = list(context.lengths)
     if context.shared is not None:
         q, k, v = (context.shared.expand(x) for x in (q, k, v))
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    parts = zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)
     outputs = [_sdpa(*(part[None] for part in document), scale=scale, causal=True)[0] for document in parts]
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return out if context.shared is None else context.shared.collect(out)

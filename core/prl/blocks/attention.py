@@ -49,7 +49,7 @@ class GroupedQueryAttention(nn.Module):
             qk = rotate(qk, self.rope.tables(context, qk.dtype))
         q, k = qk.split((self.heads, self.kv_heads), 1)
         if context.shard is not None:
-            k, v = context.with_earlier(torch.cat((k, v), 2)).split(self.head_dim, 2)
+            k, v = torch.split(context.with_earlier(torch.cat((k, v), 2)), self.head_dim, 2)
         cache = None if context.caches is None else context.caches[layer_index]
         mixed = attend(q, k, v, context, scale=self.head_dim**-0.5, cache=cache)
         projected: Tensor = self.o_proj(mixed.flatten(1))

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prl.blocks.form import Form, declaration_of
-from prl.blocks.tensor_folder import INDEX, MAX_SHARD_BYTES, StoredTensors, check_empty, write
+from prl.blocks.sharded import local, part_of
+from prl.blocks.tensor_folder import INDEX, MAX_SHARD_BYTES, StoredTensors, check_empty, write, write_share
+from prl.blocks.weight_map import stacked_views
 from prl.errors import CheckpointError
 from prl.providers import NumberFormat, WeightMap
 
-__all__ = ["INDEX", "load", "read_config", "restored", "save"]
+__all__ = ["INDEX", "load", "read_config", "restored", "save", "save_share"]
 _SHOWN = 8
 """Names an error lists before it only counts."""
 
@@ -31,8 +34,9 @@ _SHOWN = 8
 def load(model: nn.Module, weight_map: WeightMap, folder: Path, *, number_format: NumberFormat | None = None) -> None:
     """Fill every tensor of `model` from `folder`, cast to its dtype; what was read for one is freed before the next.
 
-    `number_format` decodes what is quantised. CheckpointError lists the tensors that are missing, of the wrong shape or
-    not the model's. Tensors that the weight map only carries are left alone.
+    `number_format` decodes what is quantised. The model may be divided over ranks: each fills its own part.
+    CheckpointError lists the tensors that are missing, of the wrong shape or not the model's. Tensors that the weight
+    map only carries are left alone.
     """
     header, stored = restored(folder, number_format)
     tensors = model.state_dict()
@@ -53,10 +57,29 @@ def load(model: nn.Module, weight_map: WeightMap, folder: Path, *, number_format
     reading = _Noted(stored)
     for name, tensor in tensors.items():
         try:
-            tensor.copy_(weight_map.from_hf(reading, name))
+            _fill(tensor, name, reading, weight_map)
         except ValueError as error:
             raise CheckpointError(f"the weights in {folder} contradict each other: {error}") from error
-    _refuse(folder, unexpected=_not_carried(header.keys() - reading.names, weight_map))
+    _refuse(folder, unexpected=_not_carried(header.keys() - expected.keys() - reading.names, weight_map))
+
+
+def _fill(tensor: Tensor, name: str, stored: Mapping[str, Tensor], weight_map: WeightMap) -> None:
+    """Of a stack that is divided over ranks only the matrices this rank has a part of are read."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(weight_map.from_hf(stored, name))
+        return
+    part, own = part_of(tensor, rank=0), local(tensor)
+    views = stacked_views(weight_map, name, tensor.shape)
+    if views is None:
+        own.copy_(weight_map.from_hf(stored, name)[part.slices])
+        return
+    matrices, rows, columns = part.slices
+    for view in views:
+        if matrices.start <= view.index < matrices.stop:
+            start, stop = max(view.start, rows.start), min(view.start + view.rows, rows.stop)
+            if start < stop:
+                piece = stored[view.name][start - view.start : stop - view.start, columns]
+                own[view.index - matrices.start, start - rows.start : stop - rows.start].copy_(piece)
 
 
 def restored(
@@ -124,7 +147,7 @@ def _expected_shapes(tensors: Mapping[str, Tensor], weight_map: WeightMap) -> di
     return {
         hf_name: tuple(view.shape)
         for name, tensor in tensors.items()
-        for hf_name, view in weight_map.to_hf(name, torch.empty_like(tensor, device="meta"))
+        for hf_name, view in weight_map.to_hf(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
     }
 
 
@@ -169,11 +192,44 @@ def save(
         chain(_stored_form(held.items(), weight_map, form), carried.tensors()),
         max_shard_bytes=max_shard_bytes,
     )
+    _write_config(folder, weight_map, planned, form)
+
+
+def save_share(
+    share: Mapping[str, Tensor],
+    weight_map: WeightMap,
+    folder: Path,
+    *,
+    rank: int,
+    owners: Mapping[str, int],
+    origin: Path | None = None,
+    origin_format: NumberFormat | None = None,
+) -> None:
+    """Write what one of several ranks has of a checkpoint, under its checkpoint names and with the dtypes it has.
+
+    `owners`: every tensor's name -> the rank that writes it; empty for a single rank. Rank 0 also copies what the
+    weight map carries from `origin`, and writes config.json. The checkpoint is whole when all ranks have written.
+    """
+    carried = _Carried(origin if rank == 0 else None, origin_format, weight_map, None)
+    planned = [*_as_meta(share.items()), *carried.planned()]
+    tensors = chain(share.items(), carried.tensors())
+    if owners:
+        write_share(folder, planned, tensors, rank=rank, owners=owners)
+    else:
+        check_empty(folder)
+        write(folder, planned, tensors, max_shard_bytes=MAX_SHARD_BYTES)
+    if rank == 0:
+        _write_config(folder, weight_map, planned, None)
+
+
+def _write_config(
+    folder: Path, weight_map: WeightMap, planned: Sequence[tuple[str, Tensor]], form: Form | None
+) -> None:
     if form is None:
         dtype = str(planned[0][1].dtype).removeprefix("torch.") if planned else "float32"
         config = {**weight_map.hf_config(), "dtype": dtype}
     else:
-        config = form.declared(weight_map.hf_config(), planned)
+        config = dict(form.declared(weight_map.hf_config(), planned))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -25,8 +25,11 @@ from prl.blocks.routing import RouteLog
 class SequenceShard(Protocol):
     """A rank's place among those that share the packed tokens: share `index` of `count`."""
 
-    index: int
-    count: int
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
 
     def whole(self, x: Tensor) -> Tensor:
         """x [T, ...] of this rank -> [count * T, ...] of all ranks in order; gradients add up. A collective."""
@@ -103,9 +106,7 @@ class Context:
         positions = _positions(lengths, first=[earlier, *[0] * (len(lengths) - 1)] if lengths else [])
         if shared is not None:
             positions = shared.collect(positions)
-        return cls(
-            lengths=lengths, positions=positions, longest=longest, shared=shared, shard=shard, earlier=earlier
-        )
+        return cls(lengths=lengths, positions=positions, longest=longest, shared=shared, shard=shard, earlier=earlier)
 
     @classmethod
     def cached(
@@ -126,14 +127,16 @@ class Context:
             decoding=decoding,
         )
 
-
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """[S + 1] int32 each, where sequences begin and end among the new tokens, and among those with the earlier."""
         if "bounds" not in self.memo:
             device = self.positions.device
             new = _ends(self.lengths, device)
-            self.memo["bounds"] = new, _ends((self.lengths[0] + self.earlier, *self.lengths[1:]), device) if self.earlier else new
+            self.memo["bounds"] = (
+                new,
+                _ends((self.lengths[0] + self.earlier, *self.lengths[1:]), device) if self.earlier else new,
+            )
         bounds: tuple[Tensor, Tensor] = self.memo["bounds"]
         return bounds
 

@@ -27,7 +27,8 @@ from prl.blocks.padding import Padding
 from prl.blocks.rope import RotaryEmbedding, Tables, rotate
 
 Selection: TypeAlias = "list[Tensor]"
-"""For each rectangle of new tokens (`rectangles(context)`) a [S, L, K] bool: which of its sequence's K tokens a query sees."""
+"""For each rectangle of new tokens (`rectangles(context)`) a [S, L, K] bool: which of its sequence's K tokens a query
+sees."""
 IndexCache: TypeAlias = TokenCache
 """Index keys, one [head_dim] per token."""
 

@@ -88,7 +88,9 @@ def square(lengths: Sequence[int], device: torch.device) -> Padding:
 def _arranged(lengths: Sequence[int], buckets: Sequence[Sequence[int]], device: torch.device) -> Padding:
     shapes = tuple((len(bucket), max(lengths[s] for s in bucket)) for bucket in buckets)
     in_order = [s for bucket in buckets for s in bucket] == [s for s, n in enumerate(lengths) if n]
-    if in_order and all(lengths[s] == longest for bucket, (_, longest) in zip(buckets, shapes, strict=True) for s in bucket):
+    if in_order and all(
+        lengths[s] == longest for bucket, (_, longest) in zip(buckets, shapes, strict=True) for s in bucket
+    ):
         return Padding(shapes, None, None)
     first_token = [0]
     for n in lengths:

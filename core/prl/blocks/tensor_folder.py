@@ -133,6 +133,24 @@ def write(folder: Path, planned: Sequence[Named], tensors: Iterable[Named], *, m
     _name_shards(folder, shards)
 
 
+def write_share(
+    folder: Path, planned: Sequence[Named], tensors: Iterable[Named], *, rank: int, owners: Mapping[str, int]
+) -> None:
+    """Write what one of several ranks has of a folder, as `write` does but into one file; rank 0 also the index.
+
+    `owners`: name of every tensor -> the rank that writes it; what else rank 0 writes is its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = max(owners.values()) + 1
+    file = "model-{:05}-of-{:05}.safetensors"
+    if planned:
+        _write_shard(folder / file.format(rank + 1, ranks), planned, tensors)
+    if rank == 0:
+        places = {**dict.fromkeys((name for name, _ in planned), 0), **owners}
+        index = {"metadata": {}, "weight_map": {name: file.format(r + 1, ranks) for name, r in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _shards(planned: Iterable[Named], max_bytes: int) -> Iterator[list[Named]]:
     shard: list[Named] = []
     size = 0

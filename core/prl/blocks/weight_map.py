@@ -15,6 +15,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from prl.providers import WeightMap
+
 Read: TypeAlias = Callable[[str], Tensor]
 """A checkpoint tensor by its name, relative to what comes before an operation's suffix."""
 
@@ -92,6 +94,31 @@ class Tied:
                 if not torch.equal(read(name), tensor):
                     raise ValueError(f"{name} differs from {self.suffix}, to which it should be tied")
         return tensor
+
+
+@attrs.frozen
+class StackedView:
+    """A checkpoint tensor that is `rows` rows, from `start`, of matrix `index` of a stack."""
+
+    name: str
+    index: int
+    start: int
+    rows: int
+
+
+def stacked_views(weight_map: WeightMap, name: str, shape: Sequence[int]) -> list[StackedView] | None:
+    """What module tensor `name`, a stack [count, rows, columns], is stored as; None when it is no stack of whole rows.
+
+    A rank that holds some matrices of a stack can write and read them without the rest.
+    """
+    whole = torch.empty(tuple(shape), device="meta")
+    views = []
+    for hf_name, view in weight_map.to_hf(name, whole) if whole.dim() == 3 else ():
+        if view._base is not whole or view.stride() != whole.stride()[1:] or view.shape[1] != whole.shape[2]:
+            return None
+        index, rest = divmod(int(view.storage_offset()), whole.stride(0))
+        views.append(StackedView(hf_name, index, rest // whole.stride(1), len(view)))
+    return views or None
 
 
 @attrs.frozen(kw_only=True)

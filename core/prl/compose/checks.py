@@ -27,7 +27,7 @@ def across_sections(run: Run) -> list[Problem]:
         *_lengths(run),
         *_warmup(run),
         *_nodes(run),
-        *layout.problems(run.trainer, run.model),
+        *layout.problems(run.trainer),
     ]
 
 

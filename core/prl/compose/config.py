@@ -113,6 +113,9 @@ class RunSection:
     steps: int = option(help="optimizer steps of the rl phase", validator=not_negative)
     dir: str = option("", help="run directory; by default runs/<config name>-<date>-<time>")
     seed: int = option(0, help="seeds task order, sampling and initial weights", validator=not_negative)
+    event_log: Literal["off", "tokens", "all"] = option(
+        "tokens", help="what `prl replay` needs: some 8 bytes per token; all: large columns (routed experts) too"
+    )
     network: str = option(
         "auto",
         help="where processes listen: loopback, hostname (the address of the host's name), an interface (ib0) or a "
@@ -181,7 +184,9 @@ class TrainerSection:
     nodes: int = option(1, help="nodes the ranks are spread over, evenly", validator=positive)
     replicate: int = option(1, help="copies of the model (HSDP)", validator=positive)
     shard: int = option(
-        0, help="ranks that the parameters of a copy are divided over (FSDP2); 0: all that are left", validator=not_negative
+        0,
+        help="ranks that a copy's parameters are divided over (FSDP2); 0: all that are left",
+        validator=not_negative,
     )
     context: int = option(1, help="ranks that share every sequence (context parallelism)", validator=positive)
     expert: int = option(
@@ -189,6 +194,11 @@ class TrainerSection:
     )
     threads: int = option(1, help="CPU threads of each rank", validator=positive)
     micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
+    attention_length: int = option(
+        8192,
+        help="tokens at which a sequence's attention costs as much as its matrix products; balances micro-batches",
+        validator=positive,
+    )
     logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this global norm", validator=positive)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")

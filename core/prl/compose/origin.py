@@ -1,6 +1,7 @@
 """What a run starts from: the checkpoint that its config names, checked before any process is started.
 
-A checkpoint belongs to a model, a tokenizer, a kind of optimizer, a number format and a number of ranks: its identity.
+A checkpoint belongs to a model, a tokenizer, a kind of optimizer and a number format: its identity. The trainer's ranks
+and their mesh may change.
 The manifest, the controller's part and every file's size are checked here, where a refusal costs nothing; each rank
 verifies its own shards. Imports no torch; called by the command line and, for the identity, by the controller.
 """
@@ -27,7 +28,6 @@ def identity(composition: Composition) -> dict[str, Any]:
         "tokenizer": _tokenizer(table["tokenizer"]),
         "optimizer": {"type": table["optimizer"]["type"]},
         "quantization": table["quantization"],
-        "trainer": {"ranks": table["trainer"]["ranks"]},
     }
     return toml.flatten(settings)
 

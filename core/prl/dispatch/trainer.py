@@ -38,14 +38,15 @@ class Trainer:
         self._peers = tuple(peers)
         """By rank."""
 
-    async def step(self, batch: Batch, *, learning_rate: float, publish: bool) -> list[StepDone]:
-        """Train one step, each rank on its own micro-batches; what every rank reports.
+    async def step(self, batch: Batch, *, learning_rate: float, publish: bool, trace: str = "") -> list[StepDone]:
+        """Train one step, each rank on its own micro-batches; what every rank reports. `trace`: see `TrainStep`.
 
         InfrastructureError when it takes far longer than the steps before.
         """
         for peer, micro_batches in zip(self._peers, batch.ranks, strict=True):
             share = attrs.evolve(batch, ranks=(micro_batches,))
-            await self._send(peer, TrainStep(batch=share, learning_rate=learning_rate, publish=publish))
+            order = TrainStep(batch=share, learning_rate=learning_rate, publish=publish, trace=trace)
+            await self._send(peer, order)
         started, tokens = time.monotonic(), max(1, sum(len(micro.tokens) for rank in batch.ranks for micro in rank))
         allowed = self._allowed(tokens)
         try:
@@ -101,5 +102,7 @@ class Trainer:
 
 
 def manifest_of(reports: Sequence[StepDone]) -> Manifest | None:
-    """The manifest of the rank that published, if one did."""
-    return next((report.manifest for report in reports if report.manifest is not None), None)
+    """The version that the ranks have sent, each its part; None if they were not asked to."""
+    sent = [report.manifest for report in reports if report.manifest is not None]
+    parts = tuple(part for manifest in sent for part in manifest.parts if part.tensors)
+    return Manifest(version=sent[0].version, parts=parts) if sent else None

@@ -90,7 +90,12 @@ class Study:
         if reasons:
             return Outcome(layout=layout, reasons=tuple(reasons))
         settings = self._settings(layout)
-        batches = micro_batches(self.lengths, data_ranks=layout.data, micro_batch_tokens=self._tokens * layout.context)
+        batches = micro_batches(
+            self.lengths,
+            data_ranks=layout.data,
+            micro_batch_tokens=self._tokens * layout.context,
+            attention_length=self.composition.run.trainer.attention_length,
+        )
         heaviest = max((lengths for rank in batches for lengths in rank), key=sum)
         needed = memory(self.survey, settings, heaviest, sampled=self.options.rollouts.sampled)
         time = step_time(

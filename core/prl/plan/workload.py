@@ -7,16 +7,14 @@ equal steps. They are packed and spread by the functions that pack a run's sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import attrs
 from attrs import validators
 
 from prl.compose.config import Run, not_negative
 from prl.providers import option
-from prl.score.pack import balance, first_fit_decreasing, split_to_multiple
+from prl.score.bins import assign
 from prl.simulate.workload import LognormalLengths, LognormalSeconds, Workload
-from prl.types import Sample
 
 _share = validators.and_(validators.ge(0.0), validators.le(1.0))
 
@@ -48,13 +46,10 @@ class Rollouts:
 
 
 def micro_batches(
-    lengths: Sequence[int], *, data_ranks: int, micro_batch_tokens: int
+    lengths: Sequence[int], *, data_ranks: int, micro_batch_tokens: int, attention_length: int = 8192
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For every data rank its micro-batches, each the lengths of its documents; () stands for an empty one."""
-    # Packing asks nothing of a sample but its length.
-    samples = cast("Sequence[Sample]", [range(length) for length in lengths])
-    bins = split_to_multiple(first_fit_decreasing(samples, micro_batch_tokens), samples, data_ranks)
-    assigned: Any = balance(bins, samples, data_ranks)
+    assigned = assign(lengths, data_ranks, capacity=micro_batch_tokens, attention_length=attention_length)
     return tuple(tuple(tuple(lengths[i] for i in chosen) for chosen in rank) for rank in assigned)
 
 

@@ -6,7 +6,7 @@ split does not change the gradient, because losses are sums and `token_counts` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prl.errors import RunError
+from prl.score.bins import assign
 from prl.types import STREAMS, Batch, ContextShard, MicroBatch, Sample, Stream
 
 _FEWEST_ROWS = 8
@@ -29,19 +30,22 @@ def pack(
     ranks: int,
     micro_batch_tokens: int,
     context: int = 1,
+    attention_length: int = 8192,
 ) -> Batch:
     """One optimizer step's batch for `ranks` trainer ranks, of which each `context` neighbours share their sequences.
 
-    No rank is given more than `micro_batch_tokens` tokens at a time, unless by a single sample. Raises RunError for a sample
-    whose first token is weighted: nothing precedes it, so it has no log-probability.
+    No rank is given more than `micro_batch_tokens` tokens at a time, unless by a single sample. Raises RunError for a
+    sample whose first token is weighted: nothing precedes it, so it has no log-probability. `attention_length` is that
+    of `prl.score.bins.cost`.
     """
     streams = _streams(samples)
     groups = ranks // context
-    bins = split_to_multiple(first_fit_decreasing(samples, micro_batch_tokens * context), samples, groups)
+    lengths = [len(sample) for sample in samples]
+    assigned_bins = assign(lengths, groups, capacity=micro_batch_tokens * context, attention_length=attention_length)
     with_reference = any(sample.ref_logprobs is not None for sample in samples)
     assigned = [
         [_micro_batch([samples[i] for i in chosen], streams, with_reference) for chosen in group]
-        for group in balance(bins, samples, groups)
+        for group in assigned_bins
     ]
     return Batch(
         step=step,
@@ -67,60 +71,6 @@ def _streams(samples: Sequence[Sample]) -> tuple[Stream, ...]:
 def _count(sample: Sample, stream: Stream) -> int:
     weights = sample.weights.get(stream)
     return 0 if weights is None else int(np.count_nonzero(weights))
-
-
-# --- which sample goes where: a bin is a list of sample numbers ----------------------------------------------------
-def first_fit_decreasing(samples: Sequence[Sample], capacity: int) -> list[list[int]]:
-    """Longest first, each into the first bin with room; at most 11/9 of the fewest bins + 6/9 (Dosa 2007)."""
-    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i))
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        length = len(samples[i])
-        target = next((b for b, free in enumerate(room) if free >= length), len(bins))
-        if target == len(bins):
-            bins.append([])
-            room.append(capacity)
-        bins[target].append(i)
-        room[target] -= length
-    return bins
-
-
-def split_to_multiple(bins: list[list[int]], samples: Sequence[Sample], ranks: int) -> list[list[int]]:
-    """Halve the heaviest bins until their number is a multiple of `ranks` or none can be halved.
-
-    Two halves cost less than the same tokens on one rank while the others wait on an empty micro-batch.
-    """
-    bins = list(bins)
-    while len(bins) % ranks:
-        heaviest = max(range(len(bins)), key=lambda b: (len(bins[b]) > 1, _tokens(bins[b], samples), -b))
-        if len(bins[heaviest]) < 2:
-            break
-        bins[heaviest : heaviest + 1] = _spread(bins[heaviest], 2, weight=lambda i: len(samples[i]))
-    return bins
-
-
-def balance(bins: Sequence[list[int]], samples: Sequence[Sample], ranks: int) -> list[list[list[int]]]:
-    """Bins of each rank: equally many (filled up with empty ones), about equally many tokens."""
-    indices = _spread(range(len(bins)), ranks, weight=lambda b: _tokens(bins[b], samples))
-    most = -(-len(bins) // ranks)
-    return [[sorted(bins[b]) for b in chosen] + [[]] * (most - len(chosen)) for chosen in indices]
-
-
-def _spread(items: Sequence[int], parts: int, *, weight: Callable[[int], int]) -> list[list[int]]:
-    """Heaviest first, each to the lightest of `parts` that has fewer than its share of the number of items."""
-    most = -(-len(items) // parts)
-    chosen: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    for item in sorted(items, key=lambda i: (-weight(i), i)):
-        target = min((p for p in range(parts) if len(chosen[p]) < most), key=lambda p: (loads[p], p))
-        chosen[target].append(item)
-        loads[target] += weight(item)
-    return chosen
-
-
-def _tokens(chosen: Sequence[int], samples: Sequence[Sample]) -> int:
-    return sum(len(samples[i]) for i in chosen)
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -158,9 +108,7 @@ def share(whole: MicroBatch, index: int, count: int) -> MicroBatch:
         if isinstance(getattr(whole, field.name), np.ndarray) and field.name != "cu_seqlens"
     }
     weights = {stream: column[tokens] for stream, column in whole.weights.items()}
-    return attrs.evolve(
-        whole, **columns, weights=weights, shard=ContextShard(index=index, count=count, rows=rows)
-    )
+    return attrs.evolve(whole, **columns, weights=weights, shard=ContextShard(index=index, count=count, rows=rows))
 
 
 def round_up(count: int) -> int:

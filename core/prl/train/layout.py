@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import attrs
 
-from prl.compose.config import ModelConfig, TrainerSection
+from prl.compose.config import TrainerSection
 from prl.errors import Problem
 
 REMEDY = "pip install 'prl[titan]'"
@@ -52,8 +52,8 @@ def layout_of(trainer: TrainerSection) -> Layout:
     return Layout(replicate=trainer.replicate, shard=shard, context=trainer.context, expert=trainer.expert)
 
 
-def problems(trainer: TrainerSection, model: ModelConfig | None = None) -> Iterator[Problem]:
-    """Every reason why a section's ranks cannot be laid out as it says."""
+def problems(trainer: TrainerSection) -> Iterator[Problem]:
+    """Every reason why a section's ranks cannot be laid out as it says; a model's are in `prl.compose.limits`."""
     given = trainer.replicate * trainer.context * (trainer.shard or 1)
     axes = f"replicate {trainer.replicate} x context {trainer.context}"
     if trainer.shard:
@@ -64,9 +64,9 @@ def problems(trainer: TrainerSection, model: ModelConfig | None = None) -> Itera
         yield Problem("trainer.ranks", f"must {rule} {given} ({axes}), got {trainer.ranks}")
     elif (sharing := trainer.ranks // trainer.replicate) % trainer.expert:
         yield Problem(
-            "trainer.expert", f"must divide the {sharing} ranks of shard x context that hold a copy, got {trainer.expert}"
+            "trainer.expert",
+            f"must divide the {sharing} ranks of shard x context that hold a copy, got {trainer.expert}",
         )
-    yield from _experts(trainer, model)
     if trainer.recompute and trainer.activation_checkpointing != "selective":
         yield Problem(
             "trainer.recompute",
@@ -74,11 +74,3 @@ def problems(trainer: TrainerSection, model: ModelConfig | None = None) -> Itera
         )
     if trainer.ranks > 1 and find_spec("torchtitan") is None:
         yield Problem("trainer.ranks", f"more than one rank needs torchtitan, which is not installed: {REMEDY}")
-
-
-def _experts(trainer: TrainerSection, model: ModelConfig | None) -> Iterator[Problem]:
-    """Where the section itself says how many experts there are; otherwise each rank counts when it has the model."""
-    experts = getattr(model, "experts", None)
-    if trainer.expert > 1 and experts is not None and (experts == 0 or experts % trainer.expert):
-        said = "the model has no experts" if experts == 0 else f"must divide the model's {experts} experts"
-        yield Problem("trainer.expert", f"{said}, got {trainer.expert}")

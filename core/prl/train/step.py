@@ -14,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from prl.blocks.context import Context, SharedPrefixes
 from prl.errors import RunError
+from prl.train import offload
 from prl.train.logprobs import TokenScores, token_scores
 from prl.train.parallel.context import ContextGroup
 from prl.train.parallel.gradients import clip_gradients
@@ -61,6 +63,8 @@ class Stepper:
     device: torch.device
     compiled: bool = False
     """Compile what is done with the logits."""
+    optimizer_offload: bool = False
+    """Keep the optimizer's state in host memory between steps."""
     context: ContextGroup | None = None
     """Who shares this rank's sequences, and reports their sums if it is the first of them."""
     routes: RouteReader | None = None
@@ -135,7 +139,8 @@ class Stepper:
             raise RunError(f"the gradient of step {step} has norm {grad_norm}: the weights were left as they are")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        with offload.at_hand(self.optimizer) if self.optimizer_offload else nullcontext():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 

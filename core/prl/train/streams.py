@@ -140,19 +140,19 @@ def brought_together(
 
     What only scoring needs (rows, targets, temperatures) stays this rank's.
     """
-    columns: dict[str, Tensor] = {
-        "logprobs": scores.logprobs.detach(),
-        **({} if scores.entropy is None else {"entropy": scores.entropy}),
-        **{name: getattr(tokens, name) for name in ("advantages", "engine_logprobs", "sampled", "staleness", "sample_ids")},
-        **({} if tokens.ref_logprobs is None else {"ref_logprobs": tokens.ref_logprobs}),
-        **tokens.weights,
-    }
+    names = ("advantages", "engine_logprobs", "sampled", "staleness", "sample_ids", "ref_logprobs")
+    columns: dict[Any, Tensor | None] = {name: getattr(tokens, name) for name in names}
+    columns["logprobs"], columns["entropy"] = scores.logprobs.detach(), scores.entropy
+    columns.update(tokens.weights)
+    there = {name: column for name, column in columns.items() if column is not None}
     # float64 holds each of these exactly.
-    whole, place = context.columns(torch.stack([column.double() for column in columns.values()], 1))
-    seen = {name: part.to(columns[name].dtype) for name, part in zip(columns, whole.unbind(1), strict=True)}
+    whole, place = context.columns(torch.stack([column.double() for column in there.values()], 1))
+    seen: dict[Any, Any] = {
+        name: part.to(column.dtype) for (name, column), part in zip(there.items(), whole.unbind(1), strict=True)
+    }
     logprobs = in_whole(scores.logprobs, seen.pop("logprobs"), place)
     entropy = seen.pop("entropy", None)
-    weights = {stream: seen.pop(stream) for stream in tokens.weights}
+    weights: dict[Stream, Tensor] = {stream: seen.pop(stream) for stream in tokens.weights}
     occurring = {stream: column for stream, column in weights.items() if column.any()}
     return attrs.evolve(tokens, **seen, weights=occurring), TokenScores(logprobs, entropy)
 

@@ -4,8 +4,8 @@
     rank -> controller      Hello, StepDone, Failed; Saved from the thread that writes checkpoints
 
 Every rank receives the same messages in the same order (each with its own micro-batches), so that ranks meet in the
-same collectives. Rank 0 alone writes the weights that engines fetch. Knows nothing of rollouts or rewards; started by
-`prl.train.agent`.
+same collectives; each sends its share of the weights that engines fetch. Knows nothing of rollouts or rewards;
+started by `prl.train.agent`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.train import layers
 from prl.train.checkpoint import TrainerState
-from prl.train.export import Exporter, HuggingFaceExport
+from prl.train.export import Exporter, HuggingFaceExport, Shares
 from prl.train.layout import layout_of
 from prl.train.parallel.ranks import Ranks
 from prl.train.routes import RouteReader
@@ -147,8 +147,7 @@ class TrainerRank:
         snapshot = self.state.snapshot(step=step, version=self.version)
         writes: list[Callable[[Path], object]] = []
         if self.huggingface is not None:
-            whole = self.huggingface.collect(snapshot.weights)
-            writes += [functools.partial(self.huggingface.write, whole)] if whole else []
+            writes.append(functools.partial(self.huggingface.write, self.huggingface.collect(path)))
         self.saver.start(snapshot, path, *writes)
 
     def _report(self, report: StepReport, *, step: int, publish: bool) -> None:
@@ -182,6 +181,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
     state = TrainerState(
         model=model, optimizer=optimizer, rank=ranks.rank, world_size=ranks.world_size, seed=run.run.seed
     )
+    shares = Shares(model=model, weight_map=weight_map, rank=ranks.rank, ranks=ranks.world_size)
     version = state.load(Path(run.checkpoints.resume)) if run.checkpoints.resume else 0
     return TrainerRank(
         ranks=ranks,
@@ -194,23 +194,21 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             max_grad_norm=run.trainer.max_grad_norm,
             device=ranks.device,
             compiled=run.trainer.compile,
+            optimizer_offload=run.trainer.optimizer_offload,
             context=ranks.context,
             routes=_routes(composition, run_dir),
         ),
         throughput=_throughput(composition, ranks, vocab_size, number_format),
         state=state,
         exporter=Exporter(
-            model=model,
-            weight_map=weight_map,
+            shares=shares,
             number_format=number_format,
             float32=_model_provider(composition).float32,
             unquantized=_model_provider(composition).unquantized,
-            sender=_sender(composition, run_dir) if ranks.rank == 0 else None,
+            sender=_sender(composition, run_dir, ranks.rank),
         ),
         saver=Saver(functools.partial(Connection, run_dir, f"trainer-{ranks.rank}-checkpoints")),
-        huggingface=_huggingface(run, model, weight_map, ranks, number_format)
-        if run.checkpoints.huggingface
-        else None,
+        huggingface=_huggingface(run, shares, number_format) if run.checkpoints.huggingface else None,
         version=version,
     )
 
@@ -229,18 +227,19 @@ def _vocab_size(composition: Composition) -> int:
 def _build_model(
     composition: Composition, ranks: Ranks, vocab_size: int, weight_map: WeightMap, number_format: NumberFormat
 ) -> nn.Module:
-    """Equal on every rank before it is sharded: the same seed, or the same files."""
+    """From the same seed on every rank, then divided; or divided while empty, and each rank's part read from files."""
     run = composition.run
     torch.manual_seed(run.run.seed)
-    with ranks.device:
+    with torch.device("meta") if run.trainer.initial_weights else ranks.device:
         model: nn.Module = composition.build(run.model, vocab_size)
     cast(model, number_format.train_dtype, float32=_model_provider(composition).float32)
-    if run.trainer.initial_weights:
-        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights), number_format=number_format)
     if number_format.fake_quantization:
         rounding.install(model, weight_map, number_format, unquantized=_model_provider(composition).unquantized)
     layers.apply(model, run.trainer)
     ranks.shard(model)
+    if run.trainer.initial_weights:
+        model.to_empty(device=ranks.device)
+        checkpoint.load(model, weight_map, Path(run.trainer.initial_weights), number_format=number_format)
     return model
 
 
@@ -253,13 +252,10 @@ def _throughput(
     return Throughput(survey=surveyed, device=ranks.device)
 
 
-def _huggingface(
-    run: Run, model: nn.Module, weight_map: WeightMap, ranks: Ranks, number_format: NumberFormat
-) -> HuggingFaceExport:
+def _huggingface(run: Run, shares: Shares, number_format: NumberFormat) -> HuggingFaceExport:
     return HuggingFaceExport(
-        model=model,
-        weight_map=weight_map,
-        writes=ranks.rank == 0,
+        shares=shares,
+        owners=shares.owners() if shares.ranks > 1 else {},
         tokenizer=Path(run.tokenizer.file) if run.tokenizer.file else None,
         origin=Path(run.trainer.initial_weights) if run.trainer.initial_weights else None,
         origin_format=number_format,
@@ -282,7 +278,7 @@ def _stream_loss(composition: Composition, section: Any) -> StreamLoss:
     return StreamLoss(function=composition.build(section), needs=provider.needs)
 
 
-def _sender(composition: Composition, run_dir: RunDir) -> Any:
+def _sender(composition: Composition, run_dir: RunDir, rank: int) -> Any:
     provider = composition.provider(composition.run.weights)
     assert isinstance(provider, WeightTransport)
-    return composition.load(provider.send)(composition.run.weights, run_dir.path)
+    return composition.load(provider.send)(composition.run.weights, run_dir.path, rank)

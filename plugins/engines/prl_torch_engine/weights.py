@@ -60,15 +60,15 @@ class Weights:
                 tensor = self._map.from_hf(received, name)
             except KeyError as missing:
                 raise InfrastructureError(
-                    f"version {manifest.version} at {manifest.location} lacks {missing}, which the model's {name} needs"
+                    f"version {manifest.version} at {manifest.where} lacks {missing}, which the model's {name} needs"
                 ) from None
             except Exception as error:  # a weight map may fail in any way on tensors that are not its model's
                 raise InfrastructureError(
-                    f"version {manifest.version} at {manifest.location} does not fit the model's {name}: {error}"
+                    f"version {manifest.version} at {manifest.where} does not fit the model's {name}: {error}"
                 ) from error
             if tensor.shape != staged.shape:
                 raise InfrastructureError(
-                    f"version {manifest.version} at {manifest.location} has {name} of shape {tuple(tensor.shape)}, the "
+                    f"version {manifest.version} at {manifest.where} has {name} of shape {tuple(tensor.shape)}, the "
                     f"model needs {tuple(staged.shape)}"
                 )
             staged.copy_(tensor)

@@ -1,4 +1,4 @@
-"""One segment of memory per version, written by the trainer and mapped by every engine of the host.
+"""One segment of memory per version and trainer rank, mapped by every engine of the host.
 
 On Linux a segment is an anonymous file (memfd) that the trainer holds open and engines open as `/proc/<pid>/fd/<n>`: it
 needs no room in /dev/shm, which containers keep small, and is gone when the last process that uses it is, however the
@@ -22,7 +22,7 @@ from typing import BinaryIO
 import attrs
 from prl.errors import InfrastructureError
 from prl.providers import WeightSender
-from prl.types import Manifest
+from prl.types import Manifest, WeightPart
 from prl.weights.tensors import inside, read_tensors, write_atomically, write_raw
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class MemorySender:
         """Write a version while the tensors come; the oldest beyond `KEPT` goes."""
         self.retire(version)
         file = self._held[version] = os.fdopen(os.memfd_create(_segment_name(version)), "wb")
-        manifest = Manifest(
+        manifest = Manifest.single(
             version=version,
             location=f"/proc/{os.getpid()}/fd/{file.fileno()}",
             tensors=write_raw(file, tensors),
@@ -76,7 +76,8 @@ class FileSender:
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
         """As `MemorySender.send`."""
         path = self._path(version)
-        manifest = Manifest(version=version, location=str(path), tensors=write_atomically(path, write_raw, tensors))
+        records = write_atomically(path, write_raw, tensors)
+        manifest = Manifest.single(version=version, location=str(path), tensors=records)
         held = sorted(int(p.name.removeprefix("version-")) for p in self.folder.iterdir())
         for old in held[:-KEPT]:
             self.retire(old)
@@ -97,17 +98,18 @@ class SharedMemoryReceiver:
     """Engine side."""
 
     folder: Path
-    """Where a `FileSender` of the run writes."""
+    """Where the `FileSender`s of the run write."""
 
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
         what = f"weights of version {manifest.version}"
-        return read_tensors(self._path(manifest, what), manifest.tensors, what=what)
+        for part in manifest.parts:
+            yield from read_tensors(self._path(part, manifest.version, what), part.tensors, what=what)
 
-    def _path(self, manifest: Manifest, what: str) -> Path:
-        if not _DESCRIPTOR.fullmatch(manifest.location):
-            return inside(self.folder, manifest.location, what=what)
-        path = Path(manifest.location)
-        if not _is_segment(path, manifest.version):
+    def _path(self, part: WeightPart, version: int, what: str) -> Path:
+        if not _DESCRIPTOR.fullmatch(part.location):
+            return inside(self.folder, part.location, what=what)
+        path = Path(part.location)
+        if not _is_segment(path, version):
             raise InfrastructureError(f"{what}: {path} is gone")
         return path
 
@@ -115,10 +117,10 @@ class SharedMemoryReceiver:
         """Nothing is held: each tensor keeps the map it lies in."""
 
 
-def send(config: SharedMemoryConfig, run_dir: Path) -> WeightSender:
+def send(config: SharedMemoryConfig, run_dir: Path, rank: int) -> WeightSender:
     if hasattr(os, "memfd_create"):
         return MemorySender()
-    return FileSender(_folder(run_dir))
+    return FileSender(_folder(run_dir) / f"rank-{rank}")
 
 
 def receive(config: SharedMemoryConfig, run_dir: Path) -> SharedMemoryReceiver:

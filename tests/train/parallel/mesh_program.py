@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from prl import checkpoint_dir
+from prl.blocks.sharded import full
 from prl.compose.config import TrainerSection
 from prl.train import layers
+from prl.train.checkpoint import TrainerState
 from prl.train.layout import Layout
 from prl.train.parallel.ranks import Ranks
 from prl_glm5 import Glm52Config
@@ -23,6 +26,7 @@ from prl_kimi_k2 import KimiConfig
 from prl_kimi_k2.network import build as kimi_k2
 from prl_nemotron3 import SuperConfig
 from prl_nemotron3.network import build as nemotron3
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.train.tiny import (
@@ -30,6 +34,7 @@ from tests.train.tiny import (
     GradientRecorder,
     build_qwen3,
     build_stepper,
+    commit_checkpoint,
     pack_batch,
     random_samples,
     relative_difference,
@@ -63,6 +68,9 @@ MESHES: dict[int, list[tuple[Layout, str]]] = {
         (Layout(replicate=2, context=2), "none"),
     ],
 }
+
+
+SAVED_ON = Layout(shard=2, expert=2)
 
 
 def name(layout: Layout, way: str) -> str:
@@ -104,7 +112,72 @@ def compare(family: str, layout: Layout, way: str, rank: int) -> dict[str, objec
     }
 
 
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+def trainer_state(rank: int, layout: Layout, seed: int) -> tuple[TrainerState, Ranks]:
+    ranks = Ranks.laid_out(rank, torch.device("cpu"), layout)
+    model = build_qwen3(seed, experts=4)
+    ranks.shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    return TrainerState(model=model, optimizer=optimizer, rank=rank, world_size=layout.ranks, seed=seed), ranks
+
+
+def train(state: TrainerState, ranks: Ranks, step: int) -> None:
+    batch = pack_batch(random_samples(6, seed=step), ranks=ranks.world_size, context=ranks.layout.context)
+    stepper = build_stepper(state.model, state.optimizer, context=ranks.context)
+    stepper.step(batch, batch.ranks[ranks.rank], 0.01)
+
+
+def whole_state(state: TrainerState) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint must bring back, whole."""
+    tensors = {name: full(tensor).clone() for name, tensor in state.model.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        for key, value in state.optimizer.state[parameter].items():
+            tensors[f"{name} {key}"] = full(value).clone()
+    return tensors
+
+
+def save(state: TrainerState, path: Path, step: int) -> None:
+    state.snapshot(step=step, version=step).write(checkpoint_dir.partial(path))
+    dist.barrier()
+    if state.rank == 0:
+        commit_checkpoint(path, step=step)
+    dist.barrier()
+
+
+def write_checkpoint(folder: Path, rank: int) -> None:
+    """Two steps, a checkpoint, and the step after it."""
+    state, ranks = trainer_state(rank, SAVED_ON, seed=0)
+    for step in range(2):
+        train(state, ranks, step)
+    save(state, folder / "checkpoint", 2)
+    saved = whole_state(state)
+    train(state, ranks, 2)
+    continued = whole_state(state)
+    if rank == 0:
+        save_file(saved, folder / "saved.safetensors")
+        save_file(continued, folder / "continued.safetensors")
+
+
+def read_checkpoint(folder: Path, rank: int, layout: Layout) -> dict[str, float]:
+    """Into other weights on another mesh: how far what was loaded is from what was saved, and the next step."""
+    state, ranks = trainer_state(rank, layout, seed=7)
+    assert state.load(folder / "checkpoint") == 2
+    loaded = whole_state(state)
+    save(state, folder / f"again {name(layout, 'none')}", 2)
+    train(state, ranks, 2)
+    return {
+        "loaded": largest_difference(loaded, load_file(folder / "saved.safetensors")),
+        "continued": largest_difference(whole_state(state), load_file(folder / "continued.safetensors")),
+    }
+
+
+def largest_difference(seen: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert seen.keys() == expected.keys()
+    return max((seen[key] - expected[key]).abs().max().item() for key in expected)
+
+
 def main(folder: Path) -> None:
+    """World size 2 comes first: the others read the checkpoint it leaves."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     for family in FAMILIES:
@@ -113,6 +186,11 @@ def main(folder: Path) -> None:
                 continue
             found = compare(family, layout, way, rank)
             (folder / f"{family} {name(layout, way)} {rank}.json").write_text(json.dumps(found))
+    if world_size == 2:
+        write_checkpoint(folder, rank)
+    for layout, _ in MESHES[world_size]:
+        found = read_checkpoint(folder, rank, layout)
+        (folder / f"checkpoint {name(layout, 'none')} {rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """Ranks that share every sequence: each holds an equal share of the packed tokens (context parallelism).
 
-What mixers ask of it is `prl.blocks.context.SequenceShard`; beside that, small columns of the tokens that are scored are
-brought together, so that a loss sees whole samples wherever their tokens lie.
+What mixers ask of it is `prl.blocks.context.SequenceShard`; beside that, small columns of the tokens that are scored
+are brought together, so that a loss sees whole samples wherever their tokens lie.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# Under the names that torch gave them before 2.13 they are deprecated.
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -35,7 +39,7 @@ class ContextGroup:
         lengths = torch.cat(counts).tolist()
         padded = columns.new_zeros(max(lengths), columns.shape[1])
         padded[: len(columns)] = columns
-        parts = _gather(padded, self.group, self.count).split(max(lengths) or 1)
+        parts = torch.split(_gather(padded, self.group, self.count), max(lengths) or 1)
         start = sum(lengths[: self.index])
         whole = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]) if max(lengths) else padded
         return whole, slice(start, start + len(columns))
@@ -58,11 +62,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         summed = grad.new_empty(grad.shape[0] // ctx.count, *grad.shape[1:])
-        dist.reduce_scatter_tensor(summed, grad.contiguous(), group=ctx.group)
+        _reduce_scatter(summed, grad.contiguous(), group=ctx.group)
         return summed, None, None
 
 
 def _gather(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
     gathered = x.new_empty(count * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    all_gather(gathered, x.contiguous(), group=group)
     return gathered

@@ -1,15 +1,13 @@
 """Every import of torchtitan: its device meshes, under our names for the axes.
 
-torchtitan 0.3.0 is made for GPUs. Two things are mended before it is imported, both without effect where there is a
-GPU: it takes the device to be CUDA when there is none, and one of its modules imports triton, which CPU builds of torch
-lack, at the top. Its trainer, command line and configuration are not used.
+torchtitan 0.3.0 is made for GPUs: where there is none it takes the device to be CUDA all the same, which is mended
+before its meshes are imported. Its trainer, command line, configuration and models are not used.
 """
 
 from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,14 +39,18 @@ class Meshes:
 
     @property
     def expert(self) -> DeviceMesh:
-        return self._dims.get_mesh("ep")
+        return self._mesh("ep")
 
     @property
     def context(self) -> DeviceMesh:
-        return self._dims.get_mesh("cp")
+        return self._mesh("cp")
 
     def _with_replicas(self, name: str) -> DeviceMesh:
-        return self._dims.get_mesh(["dp_replicate", name] if self._layout.replicate > 1 else name)
+        return self._mesh(["dp_replicate", name] if self._layout.replicate > 1 else name)
+
+    def _mesh(self, names: str | list[str]) -> DeviceMesh:
+        mesh: DeviceMesh = self._dims.get_mesh(names)
+        return mesh
 
 
 def _parallel_dims(layout: Layout) -> ParallelDims:
@@ -71,6 +73,7 @@ def _parallel_dims(layout: Layout) -> ParallelDims:
 
 def _prepare() -> None:
     logging.getLogger("torchtitan").setLevel(logging.WARNING)
-    tools: ModuleType = __import__("torchtitan.tools.utils", fromlist=["device_type"])
+    from torchtitan.tools import utils
+
     if not torch.cuda.is_available():
-        tools.device_type, tools.device_module = "cpu", torch.cpu  # type: ignore[attr-defined]
+        utils.device_type, utils.device_module = "cpu", torch.cpu
