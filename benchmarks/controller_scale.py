@@ -194,6 +194,8 @@ def measure(case: Case, path: Path) -> dict[str, Any]:
     """Be the controller of one case to its end."""
     run_dir, meter = RunDir(path), Meter()
     run_dir.create_token()
+    for file in (run_dir.config, run_dir.lock):
+        file.write_text("")
     watch = {"prl_run_start": meter.run_started, "prl_step_end": meter.step_ended, "prl_run_end": meter.run_ended}
     composition: Any = Composition(run=run_config(case), watch=watch)
     hubs: list[Hub] = []

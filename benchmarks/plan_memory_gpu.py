@@ -1,8 +1,8 @@
 """Planned memory against measured memory on one GPU: the cases of train_gpu.py, layers not compiled.
 
-    python benchmarks/plan_memory_gpu.py --out benchmarks/results/plan_memory_gpu.json  about two minutes
-    python benchmarks/plan_memory_gpu.py --only qwen3                                    cases whose names contain it
-    python benchmarks/plan_memory_gpu.py --smoke   tiny; without a GPU, planned only
+    python benchmarks/plan_memory_gpu.py --out benchmarks/results/plan_memory_gpu.json    about two minutes
+    python benchmarks/plan_memory_gpu.py --only qwen3                                      cases whose names contain it
+    python benchmarks/plan_memory_gpu.py --smoke                                           tiny; on any machine
 
 Planned is what `prl plan` computes (`prl.plan.memory`), from the model without data. Measured is the most that torch's
 allocator handed out in the second and third step. Runs from a checkout with torch, numpy and attrs.
@@ -38,9 +38,7 @@ def planned(case: train_gpu.Case) -> Memory:
     surveyed = survey(case.build, device="cuda", dtype=torch.bfloat16, float32=train_gpu.KEEP_FLOAT32)
     settings = Settings(
         layout=Layout(),
-        formats=Formats(
-            parameter=2, compute=2, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=2
-        ),
+        formats=Formats(parameter=2, compute=2, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=2),
         checkpointing=case.trainer.activation_checkpointing,
         optimizer_offload=False,
         logprob_chunk=case.trainer.logprob_chunk,

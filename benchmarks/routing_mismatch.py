@@ -205,8 +205,8 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rollouts", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = []

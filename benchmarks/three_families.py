@@ -45,9 +45,9 @@ class Learned:
     """From the first step to the last evaluation."""
     curve: list[tuple[int, float]]
     """(step, held-out accuracy)"""
-    mismatch_k3: float
-    """Mean over the rl steps."""
-    differ: float
+    mismatch_k3: float | None
+    """Mean over the rl steps; None where there were none."""
+    differ: float | None
     """Mean share of tokens and layers that the trainer's routers would have sent elsewhere."""
 
     @property
@@ -112,9 +112,9 @@ def learned(model: str, recorded: Sequence[dict[str, Any]]) -> Learned:
     )
 
 
-def mean(values: Iterator[float]) -> float:
+def mean(values: Iterator[float]) -> float | None:
     column = list(values)
-    return sum(column) / max(len(column), 1)
+    return sum(column) / len(column) if column else None
 
 
 def draw(results: Sequence[Learned]) -> str:

@@ -97,10 +97,19 @@ def test_configs_that_are_mentioned_exist() -> None:
 
 
 def commands() -> list[str]:
-    """Every `prl launch` and `prl config check` of the pages; those with contrib/prl-cispo are in test_contrib.py."""
+    """Every `prl launch` and `prl config check` of the pages that can be composed here.
+
+    Those with contrib/prl-cispo are in test_contrib.py.
+    """
+    absent = [name for name in ("vllm",) if importlib.util.find_spec(name) is None]
     lines = [line.removeprefix("$ ") for page in PAGES for line in page.read_text().splitlines()]
     return sorted(
-        {line for line in lines if re.match(r"prl (launch|config check) configs/", line) and "cispo" not in line}
+        {
+            line
+            for line in lines
+            if re.match(r"prl (launch|config check) configs/", line)
+            and not any(name in line for name in ("cispo", *absent))
+        }
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
@@ -233,7 +233,22 @@ class Advantage(Provider):
 
 
 AdvantageFunction: TypeAlias = "Callable[[Group], Sequence[float] | Sequence[Sequence[float]]]"
-"""One number per rollout (spread over its sampled tokens), or one per token of each rollout."""
+"""One number per rollout (spread over its sampled tokens), or one per token of each rollout.
+
+One that learns from the groups it sees is a `StatefulAdvantage`.
+"""
+
+
+@runtime_checkable
+class StatefulAdvantage(Protocol):
+    """An `AdvantageFunction` with a memory, such as a running baseline: checkpoints carry it."""
+
+    def __call__(self, group: Group) -> Sequence[float] | Sequence[Sequence[float]]: ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """JSON-ready, and not changed by later calls."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @attrs.frozen(kw_only=True)
@@ -497,6 +512,11 @@ class ProcessLauncher(Protocol):
 class HandingLauncher(ProcessLauncher, Protocol):
     def remote(self, run_dir: RunDir) -> RemoteRun:
         """The run that `launch.json` says was handed over."""
+
+
+class SweepingLauncher(ProcessLauncher, Protocol):
+    def launch_all(self, plans: Sequence[LaunchPlan], folder: Path) -> int:
+        """The runs of a sweep at once, where the launcher has a way to; without it they go one after the other."""
 
 
 class RemoteRun(Protocol):

@@ -17,6 +17,8 @@
     rollouts.jsonl      one line per trained rollout
     columns/            columns too large for a message, until they are trained
     ledger.sqlite       every prompt, batch, version and failure (`prl audit`, `prl explain`)
+    events/             the event log: what arrived and when, one file per launch (`prl replay`)
+    replay/             where `prl replay` works; a run directory of its own
     checkpoints/step-N/
 """
 
@@ -31,6 +33,9 @@ from typing import Any
 import attrs
 
 from prl.errors import UserError
+
+SUPERVISOR = "launcher"
+"""Role, in processes.json, of the process that starts the others; listed where none of them is."""
 
 
 def _absolute(path: str | Path) -> Path:
@@ -110,6 +115,14 @@ class RunDir:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger.sqlite"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events"
+
+    @property
+    def replay(self) -> Path:
+        return self.path / "replay"
 
     @property
     def checkpoints(self) -> Path:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeAlias, get_origin
 
@@ -44,6 +45,7 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}  # extension code o
 _IN_FRAME = 100  # extension code of a column in a frame of its own
 _MOST_ENTRIES = 1 << 17  # of one list or map: a header of a few bytes may announce more than memory holds
 _EXPLAINED_BYTES = 1 << 20  # of a header; naming everything that is wrong takes longer than reading it
+_WORD = struct.Struct("<Q")  # of a message at rest
 _INLINE_BYTES = 4096  # below this, one more frame costs more than one more copy
 
 
@@ -154,6 +156,32 @@ def _column_in_frame(frames: Sequence[Any], index: int, code: int, shape: list[i
     if expected != seen:
         raise ValueError(f"column of {seen} bytes where shape {shape} of {dtype} has {expected}")
     return np.frombuffer(frames[index], dtype=dtype).reshape(shape)
+
+
+# --- messages at rest -------------------------------------------------------------------------------------------------
+def join(frames: Sequence[Any]) -> list[Frame]:
+    """A message's frames as they lie in a file: how many, the length of each (8 bytes, little-endian), the frames."""
+    views = [memoryview(frame) for frame in frames]
+    return [b"".join(map(_WORD.pack, (len(views), *(view.nbytes for view in views)))), *views]
+
+
+def split(content: memoryview) -> Iterator[list[memoryview]]:
+    """The frames of each message of a file, as views; ValueError when it ends inside of one."""
+    start = 0
+    while start < len(content):
+        if start + _WORD.size > len(content):
+            raise ValueError(f"it ends at byte {len(content)}, inside the number of a record's frames")
+        (count,) = _WORD.unpack_from(content, start)
+        first = start + _WORD.size
+        start = first + _WORD.size * count
+        if start > len(content):
+            raise ValueError(f"it ends at byte {len(content)}, inside a record of {count} frames")
+        lengths = [length for (length,) in _WORD.iter_unpack(content[first:start])]
+        frames = []
+        for length in lengths:
+            frames.append(content[start : start + length])
+            start += length
+        yield frames
 
 
 # --- strict structuring -----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ ROLES = {
     "controller": "prl.dispatch.controller",
     "environment": "prl.rollout.worker",
     "engine": "prl.weights.engines",
+    "replay": "prl.replay.worker",
     "trainer": "prl.train.agent",
     "trainer-rank": "prl.train.worker",
 }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,3 +208,23 @@ def test_a_reader_that_leaves_early_is_no_error(config: Path, tmp_path: Path) ->
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_sweep_is_one_run_per_combination(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = ["--sweep", "run.seed=3,4", "--sweep", "launcher.code=0,1"]
+    words = ["launch", str(config), "--set", "run.dir=swept", *axes]
+    assert main([*words, "--dry-run"]) == 0
+    assert "4 runs (not made)" in capsys.readouterr().out
+    assert not Path("swept").exists()
+    assert main(words) == 1  # of two of them
+    made = sorted(path.name for path in Path("swept").iterdir())
+    assert made == ["0-seed=3-code=0", "1-seed=3-code=1", "2-seed=4-code=0", "3-seed=4-code=1"]
+    assert [tomllib.loads(Path("swept", name, "run.toml").read_text())["run"]["seed"] for name in made] == [3, 3, 4, 4]
+    assert [Path("swept", name, "launched").exists() for name in made] == [True] * 4
+
+
+def test_a_sweep_with_a_mistake_makes_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", str(config), "--set", "run.dir=swept", "--sweep", "run.steps=1,-1"]
+    assert main(words) == 2
+    assert "run.steps" in capsys.readouterr().err
+    assert not Path("swept").exists()

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from prl.cli import main
 
+from tests.ledger.histories import arrivals, write
+
 EXTENDS = """
 extends = "toy.toml"
 plugins = ["bounded_staleness"]
@@ -124,8 +126,7 @@ def test_a_past_run_replaces_what_would_be_assumed(
         for step in range(1, 21)
     ]
     (past / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    lines = [{"group_id": n // 4, "member": str(n % 4), "length": 20} for n in range(320)]
-    (past / "rollouts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write(past / "ledger.sqlite", arrivals([[20] * 4] * 80))
 
     document = printed(capsys, config, "--from", str(past), "--step-base", "0.5")
     assumptions, simulated = document["assumptions"], document["past"]["simulated"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prl.compose import describe
 from prl.compose.compose import compose
-from prl.compose.plan import NodeGroup, plan
+from prl.compose.plan import NodeGroup, plan, replay_plan
 from prl.errors import ConfigError
 from prl.run_dir import RunDir
 
@@ -67,6 +67,14 @@ def test_cheap_environments_need_no_process(toy_config: Path, throwaway_plugin: 
     )
     composition = compose(toy_config, plugins="light", overrides=["environments.0.type=light"])
     assert [p.role for p in plan(composition, RunDir(tmp_path)).processes] == ["controller", "engine", "trainer"]
+
+
+def test_a_replay_is_the_trainer_and_who_is_in_charge_of_it(toy_config: Path, tmp_path: Path) -> None:
+    composition = compose(toy_config, overrides=["engine.count=2", "trainer.ranks=2"])
+    in_charge, trainer = replay_plan(composition, RunDir(tmp_path)).processes
+    assert in_charge.role == "controller"
+    assert in_charge.argv[-4:] == ("--role", "replay", "--index", "0")
+    assert trainer == plan(composition, RunDir(tmp_path)).processes[-1]
 
 
 def test_nodes_of_two_kinds_and_what_each_must_offer(toy_config: Path, tmp_path: Path) -> None:

@@ -423,6 +423,8 @@ class FakeRun:
         self.run_dir = RunDir(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.run_dir.create_token()
+        for path in (self.run_dir.config, self.run_dir.lock):
+            path.write_text("")
 
     def go(self) -> None:
         """To the end; raises what the controller raises."""

@@ -90,6 +90,14 @@ def test_closing_wakes_who_waits():
     asyncio.run(body())
 
 
+async def take(buffer: GroupBuffer, select, admit) -> list[Group]:
+    """What the dispatcher does for a batch."""
+    while True:
+        await buffer.until(select)
+        if groups := buffer.take_now(select, admit):
+            return groups
+
+
 def lowest(count: int):
     """A scheduler's `select` that takes the oldest groups."""
     return lambda ready: ready[:count] if len(ready) >= count else []
@@ -101,7 +109,7 @@ def test_a_selection_that_waits_for_something_else_is_asked_again():
         outstanding = {1}
         async with asyncio.TaskGroup() as tasks:
             taking = tasks.create_task(
-                buffer.take(lambda ready: [] if outstanding else lowest(1)(ready), lambda group: True)
+                take(buffer, lambda ready: [] if outstanding else lowest(1)(ready), lambda group: True)
             )
             await buffer.put(group(2))
             await settle()
@@ -117,7 +125,7 @@ def test_a_step_takes_the_lowest_ids_once_there_are_enough():
     async def body() -> None:
         buffer = GroupBuffer(8)
         async with asyncio.TaskGroup() as tasks:
-            taking = tasks.create_task(buffer.take(lowest(3), lambda group: True))
+            taking = tasks.create_task(take(buffer, lowest(3), lambda group: True))
             for group_id in (5, 2):
                 await buffer.put(group(group_id))
             await settle()
@@ -126,7 +134,7 @@ def test_a_step_takes_the_lowest_ids_once_there_are_enough():
         assert [g.group_id for g in taking.result()] == [2, 5, 9]
         for group_id in (7, 1, 4):
             await buffer.put(group(group_id))
-        assert [g.group_id for g in await buffer.take(lowest(2), lambda group: True)] == [1, 4]
+        assert [g.group_id for g in await take(buffer, lowest(2), lambda group: True)] == [1, 4]
         assert len(buffer) == 1
         assert buffer.statistics().passed == 5
 
@@ -144,7 +152,7 @@ def test_groups_that_are_refused_leave_and_are_waited_for_again():
             return candidate.group_id % 2 == 0
 
         async with asyncio.TaskGroup() as tasks:
-            taking = tasks.create_task(buffer.take(lowest(2), even))
+            taking = tasks.create_task(take(buffer, lowest(2), even))
             for group_id in (0, 1, 3):
                 await buffer.put(group(group_id))
             await settle()
@@ -164,7 +172,7 @@ def test_a_full_buffer_makes_arrivals_wait():
             arrivals = [tasks.create_task(buffer.put(group(n))) for n in range(3)]
             await settle()
             assert [arrival.done() for arrival in arrivals] == [True, True, False]
-            await buffer.take(lowest(1), lambda group: True)
+            await take(buffer, lowest(1), lambda group: True)
         assert len(buffer) == 2
 
     asyncio.run(body())

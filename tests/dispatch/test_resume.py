@@ -13,8 +13,10 @@ from prl import checkpoint_dir
 from prl.dispatch import checkpoint
 from prl.errors import CheckpointError, RunError
 from prl.messages import Save, TrainStep
+from prl_group_relative import grpo
 
 from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, toy_run
+from tests.score.baseline import RunningBaseline
 
 
 def stopping_at(step: int, run: FakeRun) -> FakeTrainer:
@@ -89,6 +91,22 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path):
         assert second.trained() == [row for row in whole.trained() if row["step"] > stop]
         assert demonstrated(second) == demonstrated(whole)[stop:]
         assert second.state["step"] == 9
+
+
+def test_an_advantage_with_a_memory_continues_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "build", lambda config: RunningBaseline())
+    whole = FakeRun(tmp_path / "whole", toy_run(steps=6, max_staleness=0, checkpoints={"every": 1, "keep_last": 0}))
+    whole.go()
+    for stop in (1, 4):
+        folder = whole.run_dir.checkpoints / f"step-{stop}"
+        second = FakeRun(
+            tmp_path / f"second-{stop}",
+            toy_run(steps=6, max_staleness=0, checkpoints={"resume": str(folder)}),
+            trainers=[FakeTrainer(version=stop)],
+        )
+        second.go()
+        assert second.trained() == [row for row in whole.trained() if row["step"] > stop]
+    assert len({row["advantage"] for row in whole.trained()}) > 2
 
 
 def test_a_resumed_run_loses_no_task_trains_none_twice_and_generates_no_finished_group_again(tmp_path):

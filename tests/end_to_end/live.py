@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,9 @@ class Launched(Run):
 
     popen: subprocess.Popen[str]
 
-    def until(self, condition: Callable[[], Any]) -> None:
-        """Wait until `condition` holds; the run must live that long."""
-        deadline = time.monotonic() + PATIENCE
+    def until(self, condition: Callable[[], Any], patience: float = PATIENCE) -> None:
+        """Wait until `condition` holds, for at most `patience` seconds; the run must live that long."""
+        deadline = time.monotonic() + patience
         while not condition():
             assert self.popen.poll() is None, f"the run ended: {self.popen.communicate()}"
             assert time.monotonic() < deadline, f"waited in vain; the run's state is {self.state}"
@@ -156,3 +156,20 @@ def launched(
             popen.send_signal(signal.SIGTERM)
             popen.send_signal(signal.SIGTERM)
             popen.communicate(timeout=PATIENCE)
+
+
+def kill(run: Launched) -> None:
+    """Everything at once, the launcher first, as a machine that loses power."""
+    run.popen.kill()
+    for pid in run.processes():
+        os.kill(pid, signal.SIGKILL)
+    run.popen.communicate()
+
+
+def sets(edits: Iterable[str]) -> list[str]:
+    return [word for edit in edits for word in ("--set", edit)]
+
+
+def succeed(*words: str) -> None:
+    done = prl(*words)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -14,7 +11,7 @@ import pytest
 from prl import checkpoint_dir
 from prl.run_dir import RunDir
 
-from tests.end_to_end.live import TINY, Launched, Run, launched, prl
+from tests.end_to_end.live import TINY, Run, kill, launched, prl, sets, succeed
 from tests.listening import needs_proc
 
 pytestmark = needs_proc
@@ -62,23 +59,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
 
 
-def kill(run: Launched) -> None:
-    """Everything at once, the launcher first, as a machine that loses power."""
-    run.popen.kill()
-    for pid in run.processes():
-        os.kill(pid, signal.SIGKILL)
-    run.popen.communicate()
-
-
-def sets(edits: Iterable[str]) -> list[str]:
-    return [word for edit in edits for word in ("--set", edit)]
-
-
-def succeed(*words: str) -> None:
-    done = prl(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def chains(run: Run) -> dict[int, str]:
     """Version -> the hash of its weights, of the batch that led to it and of all that came before."""
     with closing(sqlite3.connect(run.dir.ledger)) as ledger:
@@ -100,6 +80,32 @@ def test_so_does_a_fork(runs: Runs) -> None:
     expected = chains(runs.whole)
     assert chains(runs.forked) == {version: expected[version] for version in range(WARMUP + EVERY, runs.steps + 1)}
     assert trainer_part(runs.forked, runs.steps) == trainer_part(runs.whole, runs.steps)
+
+
+def test_a_fork_is_replayed_from_where_it_began(runs: Runs) -> None:
+    done = prl("replay", str(runs.forked.dir.path))
+    steps, published = f"steps {WARMUP + EVERY + 1} to {runs.steps}", runs.steps - WARMUP - EVERY
+    assert done.stdout.splitlines()[-1] == (
+        f"launch 1: {steps} replayed; batches and weights ({published} of them published) are equal, bit for bit"
+    )
+    assert done.returncode == 0
+
+
+def test_a_damaged_shard_is_refused_by_its_rank_and_a_missing_one_before_anything_starts(runs: Runs) -> None:
+    shard = runs.forked.dir.checkpoints / f"step-{runs.steps}" / "trainer" / "rank-0.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    more = ("resume", str(runs.forked.dir.path), "--set", f"run.steps={runs.steps}")
+    refused = prl(*more)
+    assert refused.returncode == 1
+    assert f"{shard} is damaged: its checksum is" in refused.stderr
+    assert "is damaged: its checksum is" in runs.forked.state["error"]
+    shard.unlink()
+    refused = prl(*more)
+    assert refused.returncode == 1
+    assert f"{shard} is missing: the checkpoint had it when it was written" in refused.stderr
+    assert runs.forked.dir.attempts() == [1, 2]
 
 
 def test_every_step_is_recorded_once_across_the_kill(runs: Runs) -> None:

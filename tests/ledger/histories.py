@@ -180,6 +180,20 @@ def eventful(script: Script | None = None) -> Script:
     return script
 
 
+def arrivals(groups: Sequence[Sequence[int]]) -> list[facts.Fact]:
+    """Groups whose first attempt is lost in flight, and whose second comes back with these lengths and is refused."""
+    script = Script()
+    script.launch()
+    for lengths in groups:
+        script.drop(script.issue(), "stale")
+        again = script.issue()
+        rollouts = tuple(rollout(f"{again.group_id}.{n}", sampled=length) for n, length in enumerate(lengths))
+        group = Group(group_id=again.group_id, task=again.task, attempt=1, started_version=0, rollouts=rollouts)
+        script.tell(facts.Arrived(group=group, admitted=False))
+        script.drop(again, "stale")
+    return script.facts
+
+
 def write(path: Path, told: Sequence[facts.Fact], *, start: float = 1000.0) -> str:
     """Into the ledger as one launch; the chain of the newest version."""
     store = Store(path)

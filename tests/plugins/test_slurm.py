@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import pytest
 from prl.compose.compose import compose
-from prl.compose.plan import LaunchPlan, NodeGroup, Process
+from prl.compose.plan import LaunchPlan, NodeGroup, Process, plan
 from prl.errors import ConfigError, InfrastructureError, UserError
 from prl.run_dir import RunDir
 from prl_slurm import ContainerSection, NodesSection, SlurmConfig, script
@@ -277,3 +277,41 @@ def test_the_node_that_most_others_cannot_reach_is_to_blame() -> None:
     }
     problems = {host: examined.problems(5.0, 2) for host, examined in probes.items()}
     assert unreachable(probes, problems) == {"c": ["a cannot reach c (timed out); see run.network"]}
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+def test_a_sweep_is_a_job_array_over_its_folders() -> None:
+    plans = [attrs.evolve(PLAN, run_dir=RunDir(f"/shared/sweep/{name}")) for name in ("0-seed=0", "1-seed=1")]
+    lines = script.array(plans, SlurmConfig(venv="/v"), Path("/shared/sweep")).splitlines()
+    assert {"#SBATCH --array=0-1", "#SBATCH --job-name=sweep", "#SBATCH --output=/shared/sweep/slurm/%a.log"} <= set(
+        lines
+    )
+    assert lines[-1] == (
+        'exec /v/bin/python -m prl_slurm "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" /shared/sweep/slurm/runs)"'
+    )
+
+
+def test_what_an_array_cannot_be_is_refused() -> None:
+    larger = attrs.evolve(PLAN, groups=(GROUPS[0], attrs.evolve(GROUPS[1], nodes=2)))
+    with pytest.raises(UserError, match="different nodes"):
+        script.array([PLAN, larger], SlurmConfig(), RUN)
+    with pytest.raises(UserError, match="heterogeneous job cannot be an array"):
+        script.array([PLAN], SlurmConfig(allocation="heterogeneous"), RUN)
+
+
+# --- the large configs ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["glm5_1", "kimi_k2_7", "nemotron3_ultra"])
+def test_the_large_configs_ask_for_28_nodes_of_8_devices(name: str) -> None:
+    config = Path(__file__).parents[2] / "configs" / f"{name}_swe_28xh200.toml"
+    composition = compose(config, probe=False)
+    large = plan(composition, RunDir(RUN))
+    lines = script.job(large, cast(SlurmConfig, composition.run.launcher)).splitlines()
+    assert {"#SBATCH --nodes=28", "#SBATCH --gres=gpu:8", "#SBATCH --exclusive"} <= set(lines)
+    nodes = Nodes.given(large, cast(SlurmConfig, composition.run.launcher), [[f"n{i}" for i in range(28)]])
+    agents = [process for process in large.processes if process.role == "trainer"]
+    assert [nodes.place(agent).host for agent in agents] == [f"n{i}" for i in range(12, 28)]
+    assert {(agent.gpus, agent.first_gpu) for agent in agents} == {(8, 0)}
+    assert {group.name: (group.nodes, group.gpus <= 8) for group in large.groups} == {
+        "inference": (12, True),
+        "trainer": (16, True),
+    }

@@ -19,6 +19,8 @@ from prl.simulate.loop import Simulation
 from prl.simulate.workload import EmpiricalLengths, LognormalSeconds, Workload
 from prl_bounded_staleness.scheduler import BoundedStaleness
 
+from tests.ledger.histories import arrivals, write
+
 GROUPS = ((10, 20, 30), (100, 200, 300), (50, 60))
 
 
@@ -51,12 +53,7 @@ def run_dir(tmp_path: Path) -> RunDir:
         metrics(5, phase="warmup"),
     ]
     run.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 6, "ph')
-    lines = [
-        {"group_id": group, "member": str(member), "length": length}
-        for group, lengths in enumerate(GROUPS)
-        for member, length in enumerate(lengths)
-    ]
-    run.rollouts.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, lines[0]]))
+    write(run.ledger, arrivals(GROUPS))
     return run
 
 
@@ -71,8 +68,8 @@ def test_reading_a_record(run_dir: RunDir) -> None:
 
 
 def test_too_little_of_a_record_is_refused(run_dir: RunDir) -> None:
-    run_dir.rollouts.unlink()
-    with pytest.raises(UserError, match="3 usable rl steps and 0 trained groups"):
+    run_dir.ledger.unlink()
+    with pytest.raises(UserError, match="3 usable rl steps and 0 groups"):
         fit.read(run_dir)
     run_dir.metrics.write_text("")
     with pytest.raises(UserError, match="0 usable rl steps"):

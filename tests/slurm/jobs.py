@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from prl.checkpoint_dir import complete
 from prl.cli.runs import FINAL
 from prl.ledger.audit import audit
 from prl.run_dir import RunDir
@@ -19,8 +20,8 @@ from prl.run_dir import RunDir
 from tests.end_to_end.live import ROOT, Run
 from tests.slurm.cluster import Cluster, until
 
-PATIENCE = 240.0
-"""Seconds; a step takes hundredths, and importing torch six times takes most of a minute on two busy cores."""
+PATIENCE = 600.0
+"""Seconds before a test gives up on a run: six processes import torch, maybe on two busy cores."""
 CONFIG = f"""
 extends = "{ROOT}/configs/functions.toml"
 plugins = ["slurm", "disk"]
@@ -81,6 +82,24 @@ class Job(Run):
     def host(self, name: str) -> str:
         """The node a process runs on."""
         return next(str(e["host"]) for e in self.entries if f"{e['role']}-{e['index']}" == name)
+
+    def trains(self) -> bool:
+        """The attempt that lives has begun, and made a step."""
+        return self.state.get("status") == "running" and self.state["step"] > self.steps_before_attempt()
+
+    def steps_before_attempt(self) -> int:
+        """The cut it began from."""
+        resumed = json.loads(self.dir.resume.read_text()) if self.dir.resume.exists() else {}
+        return int(resumed.get("checkpoint", "").rpartition("-")[2] or 0)
+
+    def kept(self) -> list[Path]:
+        """Its complete checkpoints."""
+        return complete(self.dir.checkpoints)
+
+    def failures(self) -> list[dict[str, Any]]:
+        """failures.jsonl; one empty line of its form before there is one."""
+        path = self.dir.failures
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [{"done": ""}]
 
     @property
     def turns(self) -> list[dict[str, Any]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import attrs
 import pytest
+from prl.run_dir import RunDir
 
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.jobs import TWO_TRAINER_NODES, Job, command, launch
+from tests.slurm.jobs import PATIENCE, TWO_TRAINER_NODES, Job, command, launch
 
 THRESHOLD = 0.6
 """Share of vowels in what the policy says; it begins below a third of that, and passes it after some 20 steps."""
@@ -88,52 +89,73 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     apart.audited()
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
-def test_the_time_limit_leads_to_a_cut_and_the_run_goes_on_in_its_next_turn(slurm: Cluster, tmp_path: Path) -> None:
-    timed = ("launcher.time='30'", "launcher.cut_seconds=100", "checkpoints.every=0")
-    run = launch(slurm, tmp_path / "timed", *ENDLESS, *timed)
+def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
+    edits = ("run.steps=3", "launcher.allocation=shared")
+    swept = command(slurm, tmp_path / "swept", *edits, words=["--sweep", "run.seed=1,2"])
+    assert swept.returncode == 0, swept.stderr
+    runs = [Job(dir=RunDir(tmp_path / "swept" / name), cluster=slurm, said="") for name in ("0-seed=1", "1-seed=2")]
+    until(lambda: not slurm.jobs("swept"), "the array did not end", PATIENCE)
+    assert [(run.state["status"], len(run.rl_steps)) for run in runs] == [("finished", 3)] * 2
+    assert runs[0].chain()[3] != runs[1].chain()[3]
+    assert [run.id.partition("_")[2] for run in runs] == ["0", "1"]
+    assert "COMPLETED" in runs[1].prl("status")
+    for run in runs:
+        run.audited()
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+def test_a_run_goes_on_after_the_end_of_its_time_and_the_loss_of_its_first_node(slurm: Cluster, tmp_path: Path) -> None:
+    run = launch(slurm, tmp_path / "timed", *ENDLESS, "launcher.time='30'", "launcher.cut_seconds=100")
     run.until(lambda: len(run.rl_steps) >= 3, "it did not begin")
     slurm.command("scontrol", "update", f"jobid={run.id}", "timelimit=2")
-    until(lambda: slurm.jobs("timed") == {run.id: "PENDING"}, f"it does not queue again: {run.tell()}", 200.0)
+    until(lambda: slurm.jobs("timed") == {run.id: "PENDING"}, f"it does not queue again: {run.tell()}", PATIENCE)
     assert run.state["status"] == "queued again"
+    cut = run.state["step"]
+    assert cut == run.steps[-1]["step"]  # no step is lost
     slurm.command("scontrol", "update", f"jobid={run.id}", "timelimit=30")
-    until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", 200.0)
-    assert slurm.jobs("timed") == {run.id: "RUNNING"}
-    cut = run.turns[1]["step"]
-    assert cut >= 3
-    run.until(lambda: run.state["step"] >= cut + 3, "it does not train on")
+    until(lambda: len(run.turns) == 2 and run.trains(), f"no second turn: {run.tell()}", PATIENCE)
+    assert run.turns[1]["step"] == cut
+
+    first = run.host("controller-0")
+    slurm.power_off(first)  # where the job's own process is: Slurm queues the job again
+    until(lambda: len(run.turns) == 3 and run.trains(), f"no third turn: {run.tell()}", PATIENCE)
+    assert run.host("controller-0") != first
+    assert run.turns[2]["step"] >= cut
     assert run.prl("stop").splitlines()[-1] == "stopped"
-    assert run.dir.attempts() == [1, 2]
+    assert run.dir.attempts() == [1, 2, 3]
     assert [line["step"] for line in run.steps] == list(range(1, run.state["step"] + 1))
     assert list(run.chain()) == list(range(run.state["step"] + 1))
     run.audited()
 
 
 # --- nodes that go ----------------------------------------------------------------------------------------------------
-def test_a_lost_engine_moves_to_a_spare_and_a_lost_trainer_waits_for_nodes(slurm: Cluster, tmp_path: Path) -> None:
-    run = launch(slurm, tmp_path / "lossy", *ENDLESS, "engine.nodes=2", "launcher.spare_nodes=1")
-    run.until(lambda: len(run.rl_steps) >= 3, "it did not begin")
-    assert (run.host("engine-1"), run.host("trainer-0")) == ("node2", "node3")
-    slurm.power_off("node2")
-    run.until(lambda: run.host("engine-1") == "node4", "engine-1 did not move")
+def test_a_run_outlives_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    brief = ("failures.restarts=1", "failures.window=3")
+    run = launch(slurm, tmp_path / "lossy", *ENDLESS, *brief, "engine.nodes=2", "launcher.spare_nodes=1")
+    run.until(lambda: run.kept(), "no checkpoint")
+    assert [run.host(name) for name in ("engine-0", "engine-1", "trainer-0")] == ["node1", "node2", "node3"]
+
+    slurm.power_off("node3")  # the trainer's: a spare takes its place, and training goes on from the last cut
+    run.until(lambda: run.dir.attempts() == [1, 2] and run.trains(), "it does not train on after the trainer's node")
+    assert run.host("trainer-0") == "node4"
+    assert len(run.turns) == 1
+
+    slurm.power_off("node2")  # an engine's, and no spare is left
+    run.until(lambda: "the run goes on without it" in run.failures()[-1]["done"], "engine-1 is not given up")
+    assert [line["role"] for line in run.failures()] == ["trainer", "engine", "engine"]
     before = run.state["step"]
-    run.until(lambda: run.state["step"] > before + 3, "it does not train on")
-    run.until(lambda: sum("engine 1" in line and "serves" in line for line in controller_log(run)) == 2, "no engine 1")
-    assert run.dir.attempts() == [1]
-    run.until(lambda: list(run.dir.checkpoints.glob("step-*/manifest.json")), "no checkpoint")
-    slurm.power_off("node3")
-    until(lambda: slurm.jobs("lossy") == {run.id: "PENDING"}, f"it does not wait: {run.tell()}", 120.0)
-    for node in ("node2", "node3"):
+    run.until(lambda: run.state["step"] > before + 4, "it does not train on without engine-1")
+    assert run.dir.attempts() == [1, 2]
+
+    slurm.power_off("node4")  # the trainer's again: there is no node for it in this job
+    until(lambda: slurm.jobs("lossy") == {run.id: "PENDING"}, f"it does not wait: {run.tell()}", PATIENCE)
+    for node in ("node2", "node3", "node4"):
         slurm.power_on(node)
-    until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", 120.0)
-    assert run.turns[1]["step"] % 20 == 0
-    assert run.turns[1]["step"] > 0
+    until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", PATIENCE)
+    assert run.turns[1]["step"] in range(20, before + 1000, 20)
     assert run.prl("stop").splitlines()[-1] == "stopped"
+    assert list(run.chain()) == list(range(run.state["step"] + 1))
     run.audited()
-
-
-def controller_log(run: Job) -> list[str]:
-    return (run.dir.logs() / "controller-0.log").read_text().splitlines()
 
 
 # --- before training --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -171,7 +172,8 @@ def test_a_run_that_cannot_be_resumed_says_so(run_dir: RunDir) -> None:
     assert run(run_dir, {"controller-0": STAY, "trainer-0": DIE}) == 1
     assert state(run_dir)["status"] == "failed"
     assert state(run_dir)["error"].startswith("trainer-0 was ended by SIGKILL; the run cannot go on by itself: ")
-    assert json.loads(run_dir.processes.read_text()) == []
+    (supervisor,) = json.loads(run_dir.processes.read_text())
+    assert (supervisor["role"], supervisor["pid"]) == ("launcher", os.getpid())
 
 
 def test_a_run_that_was_asked_to_stop_is_not_begun_again(run_dir: RunDir) -> None:

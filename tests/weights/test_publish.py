@@ -147,6 +147,52 @@ def test_what_runs_on_an_evicted_engine_is_cut():
     play(lambda: Stage([FakeEngine()]), scene)
 
 
+def test_an_engine_that_takes_no_weights_is_condemned_once_while_others_serve():
+    async def scene(stage: Stage) -> None:
+        stage.engines[1].broken.add("commit")
+        stage.publisher.announce(manifest(1))
+        await stage.until_served(1)
+        await stage.until(lambda: stage.pool.engines[1].failures > 6)
+
+    stage = play(lambda: Stage([FakeEngine(), FakeEngine()]), scene)
+    assert stage.condemned == [1]
+    assert stage.pool.engines[1].version == 0
+
+
+def test_nothing_is_tried_with_an_engine_that_is_gone_and_its_successor_is_caught_up():
+    async def scene(stage: Stage) -> None:
+        stage.pool.lose(1, "it was killed")
+        for version in (1, 2):
+            stage.publisher.announce(manifest(version))
+            await stage.until_served(version)
+        assert stage.engines[1].prepared == [0]
+        successor = FakeEngine()
+        stage.engines.append(successor)
+        stage.pool.replace(1, "engine-2", successor)
+        await stage.until(lambda: len(stage.pool.serving) == 2)
+
+    stage = play(lambda: Stage([FakeEngine(), FakeEngine()]), scene)
+    assert (stage.engines[1].committed, stage.engines[2].committed) == ([0], [2])
+    assert (stage.pool.engines[1].url, stage.pool.engines[1].version) == ("engine-2", 2)
+
+
+def test_weights_that_an_engine_took_with_it_do_not_count_for_its_successor():
+    """It acknowledged, and died before that was taken note of."""
+
+    async def scene(stage: Stage) -> None:
+        stage.engines[1].held["commit"] = release = asyncio.Event()
+        stage.publisher.announce(manifest(1))
+        await stage.until(lambda: stage.engines[1].calls[-1] == "commit")
+        successor = FakeEngine()
+        stage.engines.append(successor)
+        stage.pool.replace(1, "engine-2", successor)
+        release.set()
+        await stage.until(lambda: len(stage.pool.serving) == 2)
+        assert successor.committed == [1]
+
+    play(lambda: Stage([FakeEngine(), FakeEngine()]), scene)
+
+
 def test_an_evicted_engine_is_caught_up_to_the_newest_version():
     async def scene(stage: Stage) -> None:
         stage.engines[1].broken.add("prepare")

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from prl import __version__
 from prl.cli import (
     audit,
+    bench,
     config,
     explain,
     launch,
     logs,
     plan,
     plugins,
+    replay,
     report,
     resume,
     simulate,
@@ -32,20 +34,8 @@ from prl.cli import (
 from prl.errors import PrlError
 
 COMMANDS = (
-    launch,
-    status,
-    logs,
-    stop,
-    resume,
-    report,
-    audit,
-    explain,
-    simulate,
-    plan,
-    config,
-    plugins,
-    weights,
-    worker,
+    *(launch, status, logs, stop, resume, report, audit, explain, replay, simulate),
+    *(plan, bench, config, plugins, weights, worker),
 )
 """In the order in which `prl --help` shows them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ from prl.errors import UserError
 
 if TYPE_CHECKING:
     from prl.compose.compose import Composition
+    from prl.compose.plan import LaunchPlan
+    from prl.providers import ProcessLauncher
+
+INTERRUPTED = 130
+"""What a launcher returns when the user would not wait for the run's end."""
 
 
 def register(subparsers: Any) -> None:
@@ -26,6 +32,13 @@ def register(subparsers: Any) -> None:
         default="",
         metavar="RUN[@STEP]",
         help="start from a checkpoint of another run, by default its newest; steps go on counting from there",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE,VALUE",
+        help="one run per value, and per combination where given again, each in a folder of its own",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the composition and the processes; start and write nothing"
@@ -52,13 +65,12 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from prl.compose.compose import compose, create_run, planned_run_dir
-    from prl.compose.origin import check_launch
+    from prl.compose.compose import create_run, planned_run_dir
     from prl.compose.plan import plan
 
-    start = [f"checkpoints.resume={json.dumps(str(_checkpoint(arguments.origin)))}"] if arguments.origin else []
-    composition = compose(arguments.config, plugins=arguments.plugins, overrides=[*arguments.set, *start])
-    check_launch(composition)
+    composition = _composed(arguments)
+    if arguments.sweep:
+        return _sweep(arguments, planned_run_dir(composition, arguments.config).path)
     if arguments.dry_run:
         print(_dry_run(composition, arguments.config))
         return 0
@@ -69,6 +81,54 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"run directory: {run_dir.path}", flush=True)
     code: int = launcher.launch(plan(composition, run_dir))
     return code
+
+
+def _composed(arguments: argparse.Namespace, *more: str) -> Composition:
+    from prl.compose.compose import compose
+    from prl.compose.origin import check_launch
+
+    start = [f"checkpoints.resume={json.dumps(str(_checkpoint(arguments.origin)))}"] if arguments.origin else []
+    composition = compose(arguments.config, plugins=arguments.plugins, overrides=[*arguments.set, *start, *more])
+    check_launch(composition)
+    return composition
+
+
+def _sweep(arguments: argparse.Namespace, folder: Path) -> int:
+    """Every run is composed and checked before the first is made; then all at once, or one after the other."""
+    from prl.compose.compose import create_run, planned_run_dir
+    from prl.compose.plan import plan
+    from prl.compose.sweep import members
+
+    composed = []
+    for member in members(arguments.sweep):
+        where = f"run.dir={json.dumps(str(folder / member.name))}"
+        composed.append(_composed(arguments, *member.overrides, where))
+    planned = [plan(each, planned_run_dir(each, arguments.config)) for each in composed]
+    if arguments.dry_run:
+        print(f"{len(planned)} runs (not made)\n" + "\n".join(f"  {each.run_dir.path}" for each in planned))
+        print(f"\nthe first of them\n{_dry_run(composed[0], arguments.config)}")
+        return 0
+    launchers = [each.build(each.run.launcher, to.run_dir.path) for each, to in zip(composed, planned, strict=True)]
+    alike = all(each.run.launcher == composed[0].run.launcher for each in composed)
+    for launcher, each in list(zip(launchers, planned, strict=True))[: 1 if alike else None]:
+        launcher.check(each)
+    for made in composed:
+        print(f"run directory: {create_run(made, arguments.config).path}", flush=True)
+    if alike and hasattr(launchers[0], "launch_all"):
+        code: int = launchers[0].launch_all(planned, folder)
+        return code
+    return _one_after_the_other(launchers, planned)
+
+
+def _one_after_the_other(launchers: Sequence[ProcessLauncher], planned: Sequence[LaunchPlan]) -> int:
+    """One that fails does not keep the next from starting; the user's interruption does."""
+    worst = 0
+    for launcher, each in zip(launchers, planned, strict=True):
+        code = launcher.launch(each)
+        if code == INTERRUPTED:
+            return code
+        worst = max(worst, code)
+    return worst
 
 
 def _checkpoint(origin: str) -> Path:

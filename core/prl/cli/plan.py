@@ -37,6 +37,13 @@ def register(subparsers: Any) -> None:
     devices = parser.add_argument_group("devices")
     devices.add_argument("--device", default="h200", metavar="KEY", help="of the table (default h200)")
     devices.add_argument("--engine-devices", type=int, metavar="N", help="devices of one engine, if not the config's")
+    add_rollout_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=run)
+
+
+def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for what is assumed of a step's rollouts; `rollouts_of` reads them."""
     rollouts = parser.add_argument_group("rollouts")
     for name, help_text in (
         ("--length-mean", "tokens of a rollout, on average; default half of rollouts.sequence_length"),
@@ -44,8 +51,6 @@ def register(subparsers: Any) -> None:
         ("--sampled", "share of the tokens that the policy samples (default 0.5)"),
     ):
         rollouts.add_argument(name, type=float, metavar="X", help=help_text)
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(
         device=named(arguments.device),
         fleet=fleet_of(config, arguments.engine_devices),
-        rollouts=_rollouts(arguments),
+        rollouts=rollouts_of(arguments),
         compute=_dtype(arguments.compute),
         checkpointing=checkpointing_of(config, arguments.checkpointing),
         optimizer_offload=arguments.offload or config.trainer.optimizer_offload,
@@ -76,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rollouts(arguments: argparse.Namespace) -> Rollouts:
+def rollouts_of(arguments: argparse.Namespace) -> Rollouts:
+    """What the flags say."""
     from prl.plan.workload import Rollouts
 
     given = {field.name: getattr(arguments, field.name) for field in attrs.fields(Rollouts)}

@@ -23,7 +23,7 @@ IMPORTED_BY = {
     ("model", "weights"): "trainer, engine",
     ("model", "render"): "environment",
     ("model", "limits"): "prl launch",
-    ("model", "routing"): "controller, environment, trainer",
+    ("model", "routing"): "controller, environment, trainer, engine",
     ("environment", "build"): "environment",
     ("scheduler", "build"): "controller",
     ("advantage", "build"): "controller",

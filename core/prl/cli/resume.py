@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"run directory: {run_dir.path}, attempt {attempt.number} from step {attempt.step}", flush=True)
     composition = attempt.composition
     launcher = composition.build(composition.run.launcher, run_dir.path)
+    run_dir.launch.unlink(missing_ok=True)  # what took the last attempt over has nothing to say about this one
     code: int = launcher.launch(plan(composition, run_dir))
     return code
 

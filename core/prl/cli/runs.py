@@ -12,7 +12,7 @@ from typing import Any
 
 from prl.errors import InfrastructureError, UserError
 from prl.providers import RemoteRun
-from prl.run_dir import RunDir, read_json
+from prl.run_dir import SUPERVISOR, RunDir, read_json
 
 RUNS = Path("runs")
 FINAL = frozenset({"finished", "stopped", "failed"})
@@ -88,7 +88,8 @@ def alive(process: Mapping[str, Any], run_dir: RunDir) -> bool:
         return True
     command = Path(f"/proc/{process['pid']}/cmdline")
     if command.parent.parent.joinpath("self").exists():
-        return command.exists() and str(run_dir.path).encode() in command.read_bytes()
+        named = b"prl" if process.get("role") == SUPERVISOR else str(run_dir.path).encode()
+        return command.exists() and named in command.read_bytes()
     try:
         os.kill(process["pid"], 0)
     except ProcessLookupError:

@@ -12,6 +12,7 @@ from typing import Any
 from prl.cli.runs import FINAL, add_run_argument, alive, find_run, is_over, remote, state_of
 from prl.cli.table import columns
 from prl.run_dir import RunDir, read_json
+from prl.supervise import casualties
 
 SHOWN = ("reward/mean", "accuracy/mean", "staleness/mean", "mismatch/k3", "tokens/per_second", "progress/seconds_left")
 """Metrics worth a line; evaluations are shown as well."""
@@ -60,6 +61,7 @@ def _progress(state: Mapping[str, Any], run_dir: RunDir) -> list[list[str]]:
     if state.get("error"):
         rows.append(["error", str(state["error"])])
     rows += [["last failure", failure]] if (failure := _last_failure(run_dir)) else []
+    rows += [["restarts", restarts]] if (restarts := casualties.summary(run_dir)) else []
     return rows
 
 

@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         there.stop()
     while not arguments.no_wait and not is_over(run_dir):
         time.sleep(POLL_SECONDS)
+        if there is not None:
+            there.stop()  # it may have gone back into the queue, for a reason of its own
     if not arguments.no_wait:
         print(state_of(run_dir)["status"])
     return 0

@@ -113,6 +113,9 @@ class RunSection:
     steps: int = option(help="optimizer steps of the rl phase", validator=not_negative)
     dir: str = option("", help="run directory; by default runs/<config name>-<date>-<time>")
     seed: int = option(0, help="seeds task order, sampling and initial weights", validator=not_negative)
+    event_log: Literal["off", "tokens", "all"] = option(
+        "tokens", help="what `prl replay` needs: some 8 bytes per token; all: large columns (routed experts) too"
+    )
     network: str = option(
         "auto",
         help="where processes listen: loopback, hostname (the address of the host's name), an interface (ib0) or a "

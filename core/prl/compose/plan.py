@@ -124,6 +124,16 @@ def _trainer(composition: Composition, run_dir: RunDir) -> list[Process]:
     ]
 
 
+def replay_plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
+    """The trainer, and in the controller's place what re-enacts it."""
+    in_charge = attrs.evolve(_process(run_dir, "replay", 0, announced="controller.json"), role="controller")
+    processes = _numbered([in_charge, *_trainer(composition, run_dir)])
+    groups = (_group("inference", 1, processes), _group("trainer", composition.run.trainer.nodes, processes))
+    # What dies ends the replay: nothing of it is worth more than to begin again.
+    failures = FailureSection(restarts=0, silence=0.0)
+    return LaunchPlan(run_dir=run_dir, processes=tuple(processes), groups=groups, failures=failures)
+
+
 def _all_cheap(composition: Composition) -> bool:
     """Cheap environments run inside the controller."""
     providers = (composition.provider(section) for section in composition.run.environments)

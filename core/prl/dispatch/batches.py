@@ -21,9 +21,9 @@ from prl.dispatch.dispatcher import Dispatcher
 from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.ledger import facts
-from prl.ledger.writer import Ledger
-from prl.providers import AdvantageFunction
+from prl.ledger.facts import FactSink
 from prl.score.credit import Scored, score
+from prl.score.credit_state import CreditState
 from prl.score.pack import pack
 from prl.train.schedule import learning_rate
 from prl.types import Batch, Group, Sample
@@ -51,22 +51,23 @@ class BatchFormer:
 
     run: Run
     dispatcher: Dispatcher
-    advantage: AdvantageFunction
+    credit: CreditState
     progress: Progress
-    ledger: Ledger
+    ledger: FactSink
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step, then close `batches`."""
         while self.progress.formed < self.progress.steps:
             await batches.room()
-            await batches.put(await self._next())
+            await batches.put(await self.prepare(await self.dispatcher.take()))
         batches.close()
 
-    async def _next(self) -> PreparedBatch:
-        groups = await self.dispatcher.take()
+    async def prepare(self, groups: Sequence[Group]) -> PreparedBatch:
+        """The next batch, of groups that were just taken; which version it trains is settled at once."""
         version = self.progress.formed
         self.progress.formed += 1
         self.progress.change.notify()
+        self.credit.forming(version, self.progress.trained)
         scored = await self._score(groups)
         batch = await pack_batch([s for group in scored for s in group.samples], self.run, version, phase="rl")
         group_ids = tuple(group.group_id for group in groups)
@@ -84,7 +85,7 @@ class BatchFormer:
         """Group by group: thousands of rollouts take long enough to let other loops run in between."""
         scored = []
         for group in groups:
-            scored.append(score(group, self.advantage))
+            scored.append(score(group, self.credit.advantage))
             await asyncio.sleep(0)
         return tuple(scored)
 

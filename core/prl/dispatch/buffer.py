@@ -108,25 +108,29 @@ class GroupBuffer:
         return list(self._groups.values())
 
     async def put(self, group: Group) -> None:
-        await self._change.until(lambda: len(self._groups) < self._capacity)
-        self.restore(group)
+        await self.room()
+        self.add(group)
 
-    def restore(self, group: Group) -> None:
-        """Put a group back that was in the buffer of an earlier process; there is room as there was then."""
+    async def room(self) -> None:
+        """Wait until there is room for a group."""
+        await self._change.until(lambda: len(self._groups) < self._capacity)
+
+    def add(self, group: Group) -> None:
+        """Put a group for which there is room."""
         self._groups[group.group_id] = group
         self._change.notify()
 
-    async def take(self, select: Callable[[list[int]], Sequence[int]], admit: Callable[[Group], bool]) -> list[Group]:
-        """The groups that `select` chooses among the ids that are ready (ascending), once it chooses any.
+    async def until(self, select: Callable[[list[int]], Sequence[int]]) -> None:
+        """Wait until `select` chooses any among the ids that are ready (ascending)."""
+        await self._change.until(lambda: bool(select(sorted(self._groups))))
+
+    def take_now(self, select: Callable[[list[int]], Sequence[int]], admit: Callable[[Group], bool]) -> list[Group]:
+        """The groups that `select` chooses among those that `admit` accepts now; none when it chooses none.
 
         Groups that `admit` refuses leave the buffer; what becomes of them is the caller's business.
         """
-        while True:
-            await self._change.until(lambda: bool(select(sorted(self._groups))))
-            self._keep(admit)
-            chosen = select(sorted(self._groups))
-            if chosen:
-                return self._remove(chosen)
+        self._keep(admit)
+        return self._remove(select(sorted(self._groups)))
 
     def reconsider(self) -> None:
         """Something beside the buffer changed that `select` looks at."""

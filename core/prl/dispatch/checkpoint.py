@@ -3,7 +3,7 @@
     checkpoints/step-N.partial/     while parts are written; never read
     checkpoints/step-N/             complete: renamed when everything is on disk (`prl.checkpoint_dir`)
         controller.json             step, feeds (with every task that was issued and not yet trained), scheduler,
-                                    chain: the hash of the version (`prl.ledger.chain`)
+                                    credit state, chain: the hash of the version (`prl.ledger.chain`)
         pending.groups              groups that are finished, and not trained yet: ready, or in a batch formed ahead
 
     training loop ── begin: the cut ──► ranks copy their state, and train on ──► ranks write ──► run: commit, prune
@@ -35,6 +35,7 @@ from prl.errors import RunError
 from prl.ledger import facts
 from prl.ledger.writer import Ledger
 from prl.providers import RolloutScheduler
+from prl.score.credit_state import CreditState
 from prl.types import Group
 
 
@@ -46,6 +47,7 @@ class ControllerState:
     feed: Feed
     demonstrations: Feed
     scheduler: RolloutScheduler
+    credit: CreditState
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -53,6 +55,7 @@ class ControllerState:
             "feed": self.feed.state_dict(),
             "demonstrations": self.demonstrations.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "credit": self.credit.state_dict(self.progress.trained),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -60,6 +63,7 @@ class ControllerState:
         self.feed.load_state_dict(state["feed"])
         self.demonstrations.load_state_dict(state["demonstrations"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.credit.load_state_dict(state.get("credit", {}))  # older checkpoints have none
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -96,6 +100,7 @@ class Checkpoints:
         await self.settled()
         state = self.state.state_dict()
         cut = _Cut(step=state["step"], state=state, groups=tuple(self.pending()))
+        self.ledger.record(facts.Cut(cut.step))
         self.newest, self._writing = cut.step, True
         await self.trainer.save(cut.step, checkpoint_dir.partial(self._path(cut.step)))
         await self._cuts.put(cut)

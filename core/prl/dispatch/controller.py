@@ -62,6 +62,7 @@ from prl.dispatch.reporting import Reporter
 from prl.dispatch.training import TrainingLoop
 from prl.errors import PrlError
 from prl.ledger import facts
+from prl.ledger.event_log import EventLog
 from prl.ledger.writer import Ledger
 from prl.messages import Hello, Stop
 from prl.providers import RunInfo
@@ -105,7 +106,8 @@ class Controller:
             [(composition.provider(s).name, composition.build(s, run, run_dir.path)) for s in run.trackers]
         )
         self._record = Record(run_dir)
-        self._ledger = Ledger(run_dir.ledger)
+        log_kind = run.run.event_log
+        self._ledger = Ledger(run_dir.ledger, None if log_kind == "off" else EventLog(run_dir, log_kind))
         self._reporter = Reporter(
             record=self._record,
             state=self._state,
@@ -135,7 +137,7 @@ class Controller:
         """Every loop, while the phases go by."""
         resources.callback(ColumnFolder(self._run_dir.columns).clear)
         hub = await resources.enter_async_context(Hub(self._run_dir, network.address(self._composition.run)))
-        resources.push_async_callback(_dismiss, hub)
+        resources.push_async_callback(dismiss, hub)
         async with asyncio.TaskGroup() as loops:
             casualties = Casualties(self._run_dir, hub, self._ledger)
             started = (hub.serve(), self._state.run(), self._watch_stop(), self._ledger.run(), casualties.run())
@@ -303,7 +305,7 @@ class Controller:
         return RunInfo(run=self._composition.run, run_dir=self._run_dir.path)
 
 
-async def _dismiss(hub: Hub) -> None:
+async def dismiss(hub: Hub) -> None:
     """Tell every worker that the run is over."""
     for peer in hub.peers:
         try:

@@ -25,7 +25,7 @@ from prl.dispatch.placement import GroupLostError, Placement
 from prl.dispatch.progress import Progress
 from prl.errors import RunError
 from prl.ledger import facts
-from prl.ledger.writer import Ledger
+from prl.ledger.facts import FactSink
 from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
 from prl.types import Group, Sampling
 
@@ -44,7 +44,7 @@ class Dispatcher:
     placement: Placement
     engines: EnginePool
     progress: Progress
-    ledger: Ledger
+    ledger: FactSink
     rollouts: RolloutSection
     most_lost: float
     """Share of the last groups that may be lost to failures."""
@@ -71,18 +71,12 @@ class Dispatcher:
         async with asyncio.TaskGroup() as groups:
             while True:
                 await self.ledger.room()
-                await self.progress.change.until(lambda: self._capacity() > 0)
-                issue = self.feed.next()
-                self.ledger.record(facts.Issued(feed="rl", issue=issue))
-                self._in_flight[issue.group_id] = InFlight(
-                    group_id=issue.group_id, started_version=self.progress.served, started_at=self.clock()
-                )
-                groups.create_task(self._roll(issue))
+                await self.progress.change.until(lambda: bool(self.engines.serving) and self.capacity() > 0)
+                groups.create_task(self._roll(self.start()))
                 await asyncio.sleep(0)  # a step's groups may start at once, and must not hold up the other loops
 
-    def _capacity(self) -> int:
-        if not self.engines.serving:
-            return 0
+    def capacity(self) -> int:
+        """How many groups may start now, where an engine serves."""
         ready, running = len(self.buffer), len(self._in_flight)
         pipeline = Pipeline(
             version=self.progress.served, next_version=self.progress.formed, ready=ready, running=running
@@ -90,23 +84,26 @@ class Dispatcher:
         steps = min(self.progress.steps - self.progress.formed, _MOST_STEPS_AHEAD)
         return min(self.scheduler.capacity(pipeline), steps * self.rollouts.groups_per_step - ready - running)
 
+    def start(self) -> Issue:
+        """The next task is in flight from now on."""
+        issue = self.feed.next()
+        self.ledger.record(facts.Issued(feed="rl", issue=issue))
+        self._in_flight[issue.group_id] = InFlight(
+            group_id=issue.group_id, started_version=self.progress.served, started_at=self.clock()
+        )
+        return issue
+
     async def _roll(self, issue: Issue) -> None:
         """One attempt at a group, until it is in the buffer or given back."""
-        drop = None
         try:
             group = await self.placement.run(
                 issue, size=self.rollouts.group_size, sampling=self._sampling(issue), version=self.progress.served
             )
         except GroupLostError as error:
-            drop = self._lost(issue, error)
+            self.lost(issue, error)
         else:
-            drop = await self._arrived(group)
-        del self._in_flight[issue.group_id]
-        self._cuts.pop(issue.group_id, None)
-        if drop is not None:
-            self._drop(drop)
-        self.buffer.reconsider()
-        self.progress.change.notify()
+            await self.buffer.room()
+            self.arrived(group)
 
     def _sampling(self, issue: Issue) -> Sampling:
         return Sampling(
@@ -117,14 +114,27 @@ class Dispatcher:
         )
 
     # --- what becomes of them -----------------------------------------------------------------------------------------
-    async def _arrived(self, group: Group) -> Drop | None:
+    def arrived(self, group: Group) -> None:
+        """A group came back from its flight: it is ready, or goes back to the feed."""
         self._outcomes.append(False)
         self.on_group(group, self.progress.served)
         drop = self.scheduler.admit(group, self.progress.formed)
         self.ledger.record(facts.Arrived(group=group, admitted=drop is None))
         if drop is None:
-            await self.buffer.put(group)
-        return drop
+            self.buffer.add(group)
+        self._landed(group.group_id, drop)
+
+    def lost(self, issue: Issue, error: GroupLostError) -> None:
+        """An attempt came to nothing; RunError when too many do, one after the other."""
+        self._landed(issue.group_id, self._lost(issue, error))
+
+    def _landed(self, group_id: int, drop: Drop | None) -> None:
+        del self._in_flight[group_id]
+        if drop is not None:
+            self._drop(drop, cut=group_id in self._cuts)
+        self._cuts.pop(group_id, None)
+        self.buffer.reconsider()
+        self.progress.change.notify()
 
     def _lost(self, issue: Issue, error: GroupLostError) -> Drop:
         cut = self._cuts.get(issue.group_id)
@@ -148,11 +158,11 @@ class Dispatcher:
                 f"{self.most_lost:g} allows; the last one because: {error}"
             )
 
-    def _drop(self, drop: Drop) -> None:
+    def _drop(self, drop: Drop, *, cut: bool = False) -> None:
         self._dropped[drop.reason] += 1
         issue = self.feed.outstanding(drop.group_id)
         again = drop.retry and self.feed.retry(issue)
-        self.ledger.record(facts.Dropped(group_id=drop.group_id, reason=drop.reason, again=again))
+        self.ledger.record(facts.Dropped(group_id=drop.group_id, reason=drop.reason, again=again, cut=cut))
         if not drop.retry:
             self.feed.finish([drop.group_id])
         elif not again:
@@ -169,7 +179,16 @@ class Dispatcher:
     # --- called by the other loops ------------------------------------------------------------------------------------
     async def take(self) -> list[Group]:
         """The groups of the next batch, in the order of their ids, all admissible at the version `progress.formed`."""
-        groups = await self.buffer.take(self._select, self._admit)
+        while True:
+            await self.buffer.until(self._select)
+            if groups := self.take_now():
+                return groups
+
+    def take_now(self) -> list[Group]:
+        """As `take`, without waiting: none when too few are ready and still admissible."""
+        groups = self.buffer.take_now(self._select, self._admit)
+        if groups:
+            self.ledger.record(facts.Taken(tuple(group.group_id for group in groups)))
         still = {group_id: group for group_id, group in self._taken.items() if self.feed.holds(group_id)}
         self._taken = {**still, **{group.group_id: group for group in groups}}
         return groups
@@ -200,9 +219,9 @@ class Dispatcher:
         """Take up what was `pending` at a checkpoint; what is not fresh enough stays with the feed, to be redone."""
         for group in groups:
             if self.scheduler.admit(group, self.progress.formed) is None:
-                self.ledger.record(facts.Issued(feed="rl", issue=self.feed.reclaim(group.group_id)))
-                self.ledger.record(facts.Arrived(group=group, admitted=True))
-                self.buffer.restore(group)
+                self.ledger.record(facts.Issued(feed="rl", issue=self.feed.reclaim(group.group_id), restored=True))
+                self.ledger.record(facts.Arrived(group=group, admitted=True, restored=True))
+                self.buffer.add(group)
 
     def take_dropped(self) -> Counter[str]:
         """Groups dropped since the last call, by reason; `given_up` counts those that had no retry left."""
@@ -212,3 +231,11 @@ class Dispatcher:
     @property
     def running(self) -> int:
         return len(self._in_flight)
+
+    def runs(self, group_id: int) -> bool:
+        """Whether the group is in flight."""
+        return group_id in self._in_flight
+
+    def cuts(self, group_id: int) -> bool:
+        """Whether the scheduler no longer wants the group, which is in flight."""
+        return group_id in self._cuts

@@ -17,7 +17,7 @@ import attrs
 from prl.dispatch.change import Change
 from prl.errors import InfrastructureError
 from prl.ledger import facts
-from prl.ledger.writer import Ledger
+from prl.ledger.facts import FactSink
 from prl.providers import EngineClient
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class EnginePool:
         self,
         engines: Sequence[Engine],
         change: Change,
-        ledger: Ledger,
+        ledger: FactSink,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

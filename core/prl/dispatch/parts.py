@@ -42,6 +42,7 @@ from prl.providers import EngineClient, RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
 from prl.routes import replayed
 from prl.run_dir import RunDir
+from prl.score.credit_state import CreditState
 from prl.supervise.casualties import condemn
 from prl.types import TaskRef
 from prl.weights.publish import Publisher
@@ -138,7 +139,7 @@ class Assembly:
             former=BatchFormer(
                 run=run,
                 dispatcher=dispatcher,
-                advantage=self.composition.build(run.advantage),
+                credit=state.credit,
                 progress=progress,
                 ledger=self.ledger,
             ),
@@ -208,22 +209,9 @@ class Assembly:
         return sizes
 
     # --- tasks and groups ---------------------------------------------------------------------------------------------
-    def _feed(self, salt: int, retries: int) -> Feed:
-        run, sizes = self.composition.run, self._sizes()
-        sources = [
-            Source(environment=section.name, weight=section.weight, size=sizes[f"{section.name}/train"])
-            for section in run.environments
-        ]
-        return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
-
     def _state(self, progress: Progress, scheduler: RolloutScheduler, restored: Restored | None) -> ControllerState:
-        run = self.composition.run
-        state = ControllerState(
-            progress=progress,
-            feed=self._feed(0, run.rollouts.retries),
-            demonstrations=self._feed(1, 0),
-            scheduler=scheduler,
-        )
+        sizes = {name.rpartition("/")[0]: size for name, size in self._sizes().items() if name.endswith("/train")}
+        state = controller_state(self.composition, progress, scheduler, sizes)
         if restored is not None:
             state.load_state_dict(restored.state)
         for peer, hello in self.workers["trainer"]:
@@ -246,6 +234,7 @@ class Assembly:
             group_size=run.rollouts.group_size,
             samples_per_step=run.warmup.samples_per_step,
             feeds={"rl": state.feed.state_dict(), "warmup": state.demonstrations.state_dict()},
+            state=state.state_dict(),
         )
 
     def _dispatcher(self, state: ControllerState, placement: Placement, engines: EnginePool) -> Dispatcher:
@@ -308,6 +297,28 @@ class Assembly:
             on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
             newest=state.progress.trained,
         )
+
+
+def controller_state(
+    composition: Composition, progress: Progress, scheduler: RolloutScheduler, sizes: Mapping[str, int]
+) -> ControllerState:
+    """As it is before the first step; `sizes` are the tasks of each environment's train split."""
+    run = composition.run
+
+    def feed(salt: int, retries: int) -> Feed:
+        sources = [
+            Source(environment=section.name, weight=section.weight, size=sizes[section.name])
+            for section in run.environments
+        ]
+        return Feed(sources, seed=mix(run.run.seed, salt), retries=retries)
+
+    return ControllerState(
+        progress=progress,
+        feed=feed(0, run.rollouts.retries),
+        demonstrations=feed(1, 0),
+        scheduler=scheduler,
+        credit=CreditState(composition.build(run.advantage)),
+    )
 
 
 def _names(sizes: Mapping[str, int]) -> frozenset[str]:

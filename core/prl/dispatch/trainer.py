@@ -38,14 +38,15 @@ class Trainer:
         self._peers = tuple(peers)
         """By rank."""
 
-    async def step(self, batch: Batch, *, learning_rate: float, publish: bool) -> list[StepDone]:
-        """Train one step, each rank on its own micro-batches; what every rank reports.
+    async def step(self, batch: Batch, *, learning_rate: float, publish: bool, trace: str = "") -> list[StepDone]:
+        """Train one step, each rank on its own micro-batches; what every rank reports. `trace`: see `TrainStep`.
 
         InfrastructureError when it takes far longer than the steps before.
         """
         for peer, micro_batches in zip(self._peers, batch.ranks, strict=True):
             share = attrs.evolve(batch, ranks=(micro_batches,))
-            await self._send(peer, TrainStep(batch=share, learning_rate=learning_rate, publish=publish))
+            order = TrainStep(batch=share, learning_rate=learning_rate, publish=publish, trace=trace)
+            await self._send(peer, order)
         started, tokens = time.monotonic(), max(1, sum(len(micro.tokens) for rank in batch.ranks for micro in rank))
         allowed = self._allowed(tokens)
         try:

@@ -8,17 +8,19 @@ warm-up. Engines get the weights once, at the end of the phase.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from prl.compose.config import Run
 from prl.dispatch.batches import PreparedBatch, pack_batch
 from prl.dispatch.buffer import BoundedQueue
 from prl.dispatch.environments import EnvironmentPool
-from prl.dispatch.feed import Feed
+from prl.dispatch.feed import Feed, Issue
 from prl.dispatch.progress import Progress
 from prl.errors import InfrastructureError, RunError
 from prl.ledger import facts
-from prl.ledger.writer import Ledger
+from prl.ledger.facts import FactSink
 from prl.train.schedule import learning_rate
 from prl.types import Sample, TaskRef
 
@@ -31,24 +33,31 @@ class WarmupBatches:
     feed: Feed
     environments: EnvironmentPool
     progress: Progress
-    ledger: Ledger
+    ledger: FactSink
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step of the warm-up, then close `batches`."""
         while self.progress.formed < self.run.warmup.steps:
             await batches.room()
-            await batches.put(await self._next())
+            issues = self.issue()
+            samples = await self._demonstrations([issue.task for issue in issues])
+            await batches.put(await self.prepare(issues, samples))
         batches.close()
 
-    async def _next(self) -> PreparedBatch:
-        section = self.run.warmup
-        issues = [self.feed.next() for _ in range(section.samples_per_step)]
+    def issue(self) -> list[Issue]:
+        """The tasks of the next batch."""
+        issues = [self.feed.next() for _ in range(self.run.warmup.samples_per_step)]
         for issue in issues:
             self.ledger.record(facts.Issued(feed="warmup", issue=issue))
-        samples = await self._demonstrations([issue.task for issue in issues])
+        return issues
+
+    async def prepare(self, issues: Sequence[Issue], samples: Sequence[Sample]) -> PreparedBatch:
+        """The next batch, of the demonstrations of those tasks."""
+        section = self.run.warmup
+        group_ids = tuple(issue.group_id for issue in issues)
+        self.ledger.record(facts.Demonstrated(group_ids=group_ids, samples=tuple(samples)))
         batch = await pack_batch(samples, self.run, self.progress.formed, phase="warmup")
         self.progress.formed += 1
-        group_ids = tuple(issue.group_id for issue in issues)
         self.ledger.record(facts.Formed(feed="warmup", batch=batch, group_ids=group_ids, groups=()))
         return PreparedBatch(
             batch=batch,

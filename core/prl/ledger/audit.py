@@ -97,5 +97,5 @@ def _unproven(ledger: sqlite3.Connection) -> Iterator[str]:
     unbounded = ledger.execute("SELECT count(*) FROM launches WHERE step IS NOT NULL AND max_staleness IS NULL")
     if unbounded.fetchone()[0]:
         yield "a bound of staleness: the scheduler's config declares none"
-    yield "that trainer ranks trained what they were handed: only the weights they published are hashed"
-    yield "the contents of batches: their hashes are kept, not their columns; a repetition of the run can be compared"
+    yield "that trainer ranks trained what they were handed: only the weights they published are hashed (prl replay)"
+    yield "the contents of batches: their hashes are kept, not their columns (prl replay forms them again)"

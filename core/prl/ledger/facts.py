@@ -8,13 +8,13 @@ afterwards, which holds for everything in `prl.types`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import attrs
 
 from prl.dispatch.feed import Issue
 from prl.score.credit import Scored
-from prl.types import Batch, Group, Manifest
+from prl.types import Batch, Group, Manifest, Sample
 
 FeedName: TypeAlias = Literal["rl", "warmup"]
 """The phase whose tasks a feed issues; group ids count from 0 in each."""
@@ -41,6 +41,8 @@ class Continued:
     samples_per_step: int
     feeds: Mapping[FeedName, Mapping[str, Any]]
     """`Feed.state_dict()` of each feed."""
+    state: Mapping[str, Any] = attrs.field(factory=dict)
+    """`ControllerState.state_dict()`, for the event log."""
 
 
 @attrs.frozen
@@ -56,6 +58,8 @@ class Issued:
 
     feed: FeedName
     issue: Issue
+    restored: bool = False
+    """Its group is finished: it came with the checkpoint, and `Arrived` is next."""
 
 
 @attrs.frozen(kw_only=True)
@@ -75,6 +79,8 @@ class Arrived:
 
     group: Group
     admitted: bool
+    restored: bool = False
+    """It came with the checkpoint."""
 
 
 @attrs.frozen(kw_only=True)
@@ -84,6 +90,23 @@ class Dropped:
     group_id: int
     reason: str
     again: bool
+    cut: bool = False
+    """In flight, because the scheduler said so when a version was served."""
+
+
+@attrs.frozen
+class Taken:
+    """These groups left the ready ones at this moment, to be the next batch; told for the event log alone."""
+
+    group_ids: tuple[int, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Demonstrated:
+    """The next batch of the warm-up, before it is packed; told for the event log alone."""
+
+    group_ids: tuple[int, ...]
+    samples: tuple[Sample, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -130,6 +153,13 @@ class EngineChanged:
     detail: str = ""
 
 
+@attrs.frozen
+class Cut:
+    """The controller's part of a checkpoint of `step` is as it is now; told for the event log alone."""
+
+    step: int
+
+
 @attrs.frozen(kw_only=True)
 class Saved:
     """A checkpoint is complete on disk."""
@@ -165,12 +195,24 @@ Fact: TypeAlias = (
     | Placed
     | Arrived
     | Dropped
+    | Taken
+    | Demonstrated
     | Formed
     | Handed
     | Trained
     | Served
     | EngineChanged
+    | Cut
     | Saved
     | Failed
     | Ended
 )
+
+
+class FactSink(Protocol):
+    """Whoever is told: the ledger of a run, and what compares a replay with one."""
+
+    def record(self, fact: Fact) -> None: ...
+
+    async def room(self) -> None:
+        """Wait while too much of what was told is not written."""

@@ -40,7 +40,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._connection = schema.open_for_writing(path)
-        self._launch = self._next("launches", "launch")
+        self.launch = self._next("launches", "launch")
         self._issues = itertools.count(self._next("issues", "id"))
         self._batches = itertools.count(self._next("batches", "id"))
         self._open: dict[tuple[str, int], int] = {}
@@ -82,13 +82,13 @@ class Store:
     # --- launches -----------------------------------------------------------------------------------------------------
     @_apply.register
     def _(self, fact: facts.Started, at: float) -> None:
-        self._insert("launches", launch=self._launch, started_at=at)
+        self._insert("launches", launch=self.launch, started_at=at)
 
     @_apply.register
     def _(self, fact: facts.Continued, at: float) -> None:
         self._update(
             "launches",
-            self._launch,
+            self.launch,
             step=fact.step,
             source=fact.source,
             chain=fact.chain,
@@ -105,21 +105,21 @@ class Store:
     def _undo(self, fact: facts.Continued) -> None:
         """What came after the cut did not lead to these weights: later steps, later attempts at outstanding groups."""
         void = "SET void_by = ? WHERE void_by IS NULL AND"
-        self._connection.execute(f"UPDATE batches {void} step > ?", (self._launch, fact.step))
-        self._connection.execute(f"UPDATE versions {void} version > ?", (self._launch, fact.step))
+        self._connection.execute(f"UPDATE batches {void} step > ?", (self.launch, fact.step))
+        self._connection.execute(f"UPDATE versions {void} version > ?", (self.launch, fact.step))
         for feed, state in fact.feeds.items():
             issues = f"UPDATE issues {void} feed = ? AND"
-            self._connection.execute(f"{issues} group_id >= ?", (self._launch, feed, state["issued"]))
+            self._connection.execute(f"{issues} group_id >= ?", (self.launch, feed, state["issued"]))
             self._connection.executemany(
                 f"{issues} group_id = ? AND attempt >= ?",
-                [(self._launch, feed, issue["group_id"], issue["attempt"]) for issue in state["outstanding"]],
+                [(self.launch, feed, issue["group_id"], issue["attempt"]) for issue in state["outstanding"]],
             )
 
     def _feed(self, feed: str, state: Any) -> None:
         for environment, tasks in state["sizes"].items():
             self._insert(
                 "feeds",
-                launch=self._launch,
+                launch=self.launch,
                 feed=feed,
                 issued=state["issued"],
                 environment=environment,
@@ -129,7 +129,7 @@ class Store:
         for issue in state["outstanding"]:
             self._insert(
                 "carried",
-                launch=self._launch,
+                launch=self.launch,
                 feed=feed,
                 group_id=issue["group_id"],
                 attempt=issue["attempt"],
@@ -140,7 +140,7 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Ended, at: float) -> None:
-        self._update("launches", self._launch, ended_at=at, status=fact.status, error=fact.error)
+        self._update("launches", self.launch, ended_at=at, status=fact.status, error=fact.error)
 
     # --- a prompt's life ----------------------------------------------------------------------------------------------
     @_apply.register
@@ -150,7 +150,7 @@ class Store:
         self._insert(
             "issues",
             id=row,
-            launch=self._launch,
+            launch=self.launch,
             feed=fact.feed,
             group_id=issue.group_id,
             attempt=issue.attempt,
@@ -171,8 +171,8 @@ class Store:
         self._update("issues", row, arrived_at=at, admitted=fact.admitted)
         self._connection.executemany(
             "INSERT INTO rollouts (issue, member, length, tokens, reward, truncated, oldest, newest, versions)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(row, *_rollout(rollout)) for rollout in group.rollouts],
+            " VALUES (:issue, :member, :length, :tokens, :reward, :truncated, :oldest, :newest, :versions)",
+            [{"issue": row, **rollout_row(rollout)} for rollout in group.rollouts],
         )
         for failure in group.failures:
             done = f"group {group.group_id} goes on without it"
@@ -192,7 +192,7 @@ class Store:
         self._insert(
             "batches",
             id=row,
-            launch=self._launch,
+            launch=self.launch,
             step=batch.step,
             version=batch.version,
             phase=batch.phase,
@@ -206,7 +206,7 @@ class Store:
         self._connection.executemany(
             "UPDATE rollouts SET advantage = ? WHERE issue = ? AND member = ?",
             [
-                (advantage, self._open[fact.feed, scored.group.group_id], _member(rollout))
+                (advantage, self._open[fact.feed, scored.group.group_id], member(rollout))
                 for scored in fact.groups
                 for rollout, advantage in zip(scored.group.rollouts, scored.advantages, strict=True)
             ],
@@ -229,7 +229,7 @@ class Store:
         """The version is on record already, or this is where the record begins."""
         manifest, version = fact.manifest, fact.manifest.version
         digest = chain.manifest_digest(manifest)
-        self._update("launches", self._launch, manifest=digest)
+        self._update("launches", self.launch, manifest=digest)
         known = self._connection.execute(
             "SELECT chain FROM versions WHERE version = ? AND void_by IS NULL", (version,)
         ).fetchone()
@@ -246,7 +246,7 @@ class Store:
         self._insert(
             "versions",
             version=version,
-            launch=self._launch,
+            launch=self.launch,
             parent=parent,
             batch=batch,
             manifest=digest,
@@ -266,7 +266,7 @@ class Store:
     def _(self, fact: facts.EngineChanged, at: float) -> None:
         self._insert(
             "engines",
-            launch=self._launch,
+            launch=self.launch,
             at=at,
             engine=fact.engine,
             event=fact.event,
@@ -276,14 +276,18 @@ class Store:
 
     @_apply.register
     def _(self, fact: facts.Saved, at: float) -> None:
-        self._insert("checkpoints", launch=self._launch, step=fact.step, path=fact.path, saved_at=at)
+        self._insert("checkpoints", launch=self.launch, step=fact.step, path=fact.path, saved_at=at)
+
+    @_apply.register
+    def _(self, fact: facts.Taken | facts.Demonstrated | facts.Cut, at: float) -> None:
+        """What only the event log keeps."""
 
     @_apply.register
     def _(self, fact: facts.Failed, at: float) -> None:
         self._failure(at, who=fact.who, where=fact.where, sentence=fact.sentence, done=fact.done)
 
     def _failure(self, at: float, *, who: str, where: str, sentence: str, done: str) -> None:
-        self._insert("failures", launch=self._launch, at=at, who=who, place=where, sentence=sentence, done=done)
+        self._insert("failures", launch=self.launch, at=at, who=who, place=where, sentence=sentence, done=done)
 
     def _insert(self, table: str, **values: Any) -> None:
         marks = ", ".join("?" * len(values))
@@ -295,13 +299,21 @@ class Store:
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
-def _rollout(rollout: Rollout) -> tuple[Any, ...]:
-    """member, length, tokens, reward, truncated, oldest, newest, versions."""
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """What the table has of a rollout when it arrives, by column."""
     versions, counts = run_lengths(rollout)
     coded = ",".join(f"{version}:{count}" for version, count in zip(versions, counts, strict=True))
     oldest, newest = (min(versions), max(versions)) if versions else (None, None)
-    length, tokens = sum(counts), len(rollout.tokens)
-    return _member(rollout), length, tokens, rollout.reward, rollout.truncated, oldest, newest, coded
+    return {
+        "member": member(rollout),
+        "length": sum(counts),
+        "tokens": len(rollout.tokens),
+        "reward": rollout.reward,
+        "truncated": rollout.truncated,
+        "oldest": oldest,
+        "newest": newest,
+        "versions": coded,
+    }
 
 
 def run_lengths(rollout: Rollout) -> tuple[list[int], list[int]]:
@@ -311,7 +323,7 @@ def run_lengths(rollout: Rollout) -> tuple[list[int], list[int]]:
     return versions[starts].tolist(), np.diff(starts, append=len(versions)).tolist()
 
 
-def _member(rollout: Rollout) -> int:
+def member(rollout: Rollout) -> int:
     return int(rollout.rollout_id.rpartition(".")[2])
 
 

@@ -5,7 +5,9 @@
 `record` never waits, so that it can be called from anywhere; instead the loops that make facts wait for `room` before
 they begin something new: the queue is bounded by the backlog plus what was under way. A checkpoint waits until all that
 was told before it is `settled`, so that no checkpoint is ever ahead of the ledger. A ledger that cannot be written ends
-the run: a run that cannot say what it trained on is not worth its compute.
+the run: a run that cannot say what it trained on is not worth its compute. The event log (`prl.ledger.event_log`) is
+written by the same thread, before the ledger, so that it never lags behind; when it cannot be written, the ledger says
+so and the run goes on without it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from prl.dispatch.change import Change
 from prl.errors import RunError
-from prl.ledger.facts import Ended, Fact, Started
+from prl.ledger.event_log import EventLog
+from prl.ledger.facts import Ended, Fact, Failed, Started
 from prl.ledger.store import Store
 
 log = logging.getLogger(__name__)
@@ -38,8 +42,9 @@ class Ledger:
         >>> ledger.record(facts.Handed(step=3))
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, events: EventLog | None = None) -> None:
         self._path = path
+        self._events = events
         self._lock = threading.Lock()
         self._store: Store | None = None
         self._change = Change()
@@ -48,6 +53,8 @@ class Ledger:
         """Number of the first entry that is not known to be written."""
         self._written = 0
         """Entries in the file: those of an abandoned write included."""
+        self._logged = 0
+        """Entries that the event log was given."""
 
     def record(self, fact: Fact) -> None:
         """Have a fact written soon, after everything told before."""
@@ -73,6 +80,8 @@ class Ledger:
     def _chain_of(self, version: int) -> str:
         with self._lock:
             assert self._store is not None, "something has been written"
+            if self._events is not None:
+                self._try(self._events, self._events.sync)
             return self._store.chain_of(version)
 
     async def run(self) -> None:
@@ -90,6 +99,8 @@ class Ledger:
             log.error("%s", failure)
         if self._store is not None:
             self._store.close()
+        if self._events is not None:
+            self._events.close()
 
     async def _flush(self) -> None:
         entries = list(self._entries)
@@ -104,7 +115,28 @@ class Ledger:
             try:
                 if self._store is None:
                     self._store = Store(self._path)
+                    self._begin_events(self._store.launch)
+                if self._events is not None:
+                    self._try(self._events, self._events.append, entries[self._logged - first :])
+                    self._logged = first + len(entries)
                 self._store.write(entries[self._written - first :])
             except sqlite3.Error as error:
                 raise RunError(f"the ledger {self._path} cannot be written ({error}); the run ends here") from error
             self._written = first + len(entries)
+
+    def _begin_events(self, launch: int) -> None:
+        if self._events is not None:
+            self._try(self._events, self._events.begin, launch, time.time())
+
+    def _try(self, events: EventLog, act: Callable[..., None], *arguments: Any) -> None:
+        """Do something with the event log; a run is worth more than the possibility to repeat it."""
+        try:
+            act(*arguments)
+        except (OSError, TypeError, ValueError) as error:
+            self._events = None
+            sentence = f"the event log cannot be written: {error}"
+            done = "the run goes on; `prl replay` can repeat it up to here"
+            log.error("%s; %s", sentence, done)
+            assert self._store is not None, "the ledger is opened first"
+            failed = Failed(who="event log", where="controller", sentence=sentence, done=done)
+            self._store.write([(time.time(), failed)])

@@ -169,6 +169,8 @@ def _assumed(study: Study) -> Rows:
     rows.append(["decoding", f"at least {FLOOR} s a token; experts chosen at random; attention copied to every device"])
     rows.append(["overlap", "parameters arrive while layers compute; tokens for experts and keys of others do not"])
     rows.append(["balance", "experts get equally many tokens; documents are shared equally within context"])
+    if study.formats.compute < study.formats.parameter:
+        rows.append(["products", f"in {study.options.compute}, beside parameters of {study.formats.parameter} bytes"])
     if selecting:
         rows.append(
             [

@@ -1,4 +1,4 @@
-"""Assumptions from the record of a past run: metrics.jsonl, rollouts.jsonl, run.toml.
+"""Assumptions from the record of a past run: metrics.jsonl, ledger.sqlite, run.toml.
 
 What the record says outright is taken: lengths by group, the share of missing rollouts, seconds of publication, and of
 an optimizer step: forward and backward in proportion to its sampled tokens (prompts in proportion too, which holds as
@@ -6,26 +6,30 @@ long as tasks stay alike), the rest as a constant. How fast engines decode is no
 what was trained; so the run is simulated, with its own config, and decoding scaled until the simulated engines take as
 long. The ratio of decode_base to decode_per_sequence and the environments' latency stay what they were assumed to be.
 
-rollouts.jsonl holds trained rollouts only: of a run that dropped many, the lengths fitted here are too short.
+Lengths are those of every group that arrived, trained or not; of what was cut in flight nobody knows them.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
 
 from prl.errors import UserError
+from prl.ledger.read import exists, snapshot
 from prl.report.load import metric_rows
 from prl.run_dir import RunDir
 from prl.simulate.assumptions import Assumptions
 from prl.simulate.figures import Figures
 
+_LENGTHS = """
+    SELECT i.group_id, r.length FROM issues i JOIN rollouts r ON r.issue = i.id
+    WHERE i.id IN (SELECT max(issue) FROM rollouts JOIN issues ON id = issue WHERE feed = 'rl' GROUP BY group_id)
+    ORDER BY i.group_id, r.member
+"""
 _COMPUTED = "time/forward_backward"
 _FEWEST_STEPS = 3
 _MOST_ROUNDS = 8  # of scaling; one is not enough, since slower engines hold other numbers of sequences at once
@@ -49,17 +53,17 @@ class Recorded:
     """Seconds of forward and backward per sampled token."""
     publish: float
     groups: tuple[tuple[int, ...], ...]
-    """Lengths of trained rollouts, by group."""
+    """Lengths of rollouts, by group: of the last attempt that arrived."""
 
 
 def read(run_dir: RunDir) -> Recorded:
     """The record of a run that may still be going; UserError when there is too little of it."""
     rows = _steps(run_dir)
-    groups = _groups(run_dir.rollouts)
+    groups = _groups(run_dir)
     if len(rows) < _FEWEST_STEPS or not groups:
         raise UserError(
-            f"{run_dir.path} has the record of {len(rows)} usable rl steps and {len(groups)} trained groups; fitting "
-            f"needs at least {_FEWEST_STEPS} steps and their rollouts (rollouts.keep = true)"
+            f"{run_dir.path} has the record of {len(rows)} usable rl steps and {len(groups)} groups; fitting needs at "
+            f"least {_FEWEST_STEPS} steps and their groups"
         )
     seconds = [row["time/step"] for row in rows]
     tokens = sum(row["tokens/sampled"] for row in rows)
@@ -86,16 +90,11 @@ def _steps(run_dir: RunDir) -> list[Mapping[str, Any]]:
     return [row for row in rows if needed <= row.keys() and row["tokens/sampled"]]
 
 
-def _groups(path: Path) -> tuple[tuple[int, ...], ...]:
-    """A resumed run may write a rollout twice: what came last counts."""
-    lengths: dict[int, dict[str, int]] = defaultdict(dict)
-    if path.is_file():
-        with path.open() as file:
-            for line in file:
-                if line.endswith("\n"):
-                    row = json.loads(line)
-                    lengths[row["group_id"]][row["member"]] = max(1, row["length"])
-    return tuple(tuple(group.values()) for group in lengths.values())
+def _groups(run_dir: RunDir) -> tuple[tuple[int, ...], ...]:
+    lengths: dict[int, list[int]] = defaultdict(list)
+    for group_id, length in snapshot(run_dir.ledger).execute(_LENGTHS) if exists(run_dir.ledger) else ():
+        lengths[group_id].append(max(1, length))
+    return tuple(map(tuple, lengths.values()))
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -6,7 +6,9 @@ decides what they mean (`prl.supervise.supervisor`). How a process starts and di
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +18,7 @@ from typing import Protocol, TypeAlias
 import attrs
 
 from prl.compose.plan import Process
-from prl.run_dir import RunDir
+from prl.run_dir import SUPERVISOR, RunDir
 
 
 class Handle(Protocol):
@@ -147,6 +149,13 @@ class Children:
         for child in self._children.values():
             child.ended.wait()
         self._children.clear()
+
+    def vacate(self) -> None:
+        """As `kill`, between two attempts: the run goes on as long as this process does, which is listed alone."""
+        where = {"pid": os.getpid(), "host": socket.gethostname(), "log": str(self._run_dir.logs())}
+        entry = {"role": SUPERVISOR, "index": 0, **where, "started": time.time()}
+        self._run_dir.write_json(self._run_dir.processes, [entry])
+        self.kill()
 
     def _wait(self, children: Iterable[Child]) -> None:
         deadline = time.monotonic() + self._grace

@@ -192,8 +192,7 @@ class Supervisor:
             return self._fail(child, f"{sentence}; {self._budget.exhausted(child.name)}")
         pid = self._pulse.pid(child.name)
         self._write_state("restarting", sentence)
-        self._run_dir.write_json(self._run_dir.processes, [])
-        self._children.kill()
+        self._children.vacate()
         self._due.clear()
         self._given_up.clear()
         if self._paused(pause):

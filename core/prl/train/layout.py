@@ -53,7 +53,7 @@ def layout_of(trainer: TrainerSection) -> Layout:
 
 
 def problems(trainer: TrainerSection) -> Iterator[Problem]:
-    """Every reason why ranks cannot be laid out as a section says; what a model allows is `prl.compose.limits`'."""
+    """Every reason why a section's ranks cannot be laid out as it says; a model's are in `prl.compose.limits`."""
     given = trainer.replicate * trainer.context * (trainer.shard or 1)
     axes = f"replicate {trainer.replicate} x context {trainer.context}"
     if trainer.shard:

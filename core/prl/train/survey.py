@@ -272,7 +272,7 @@ class _Share(nn.Module):
 
 def _traceable(layer: nn.Module, expert: int) -> nn.Module:
     """A copy of the layer, over the same parameters, without selection and with one rank's experts."""
-    layer = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+    layer = copy.deepcopy(layer, {id(t): t for t in (*layer.parameters(), *layer.buffers())})
     for module in list(layer.modules()):
         if isinstance(module, MultiHeadLatentAttention):
             module.indexer = None

@@ -31,7 +31,7 @@ class Throughput:
 
     def sums(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Tokens and, unless a module of the model has no count, model FLOPs: to be added over ranks."""
-        tokens = float(sum(len(micro.tokens) for micro in micro_batches))
+        tokens = float(sum(len(micro.tokens[micro.own]) for micro in micro_batches))
         try:
             return {"throughput/tokens": tokens, "throughput/flops": sum(map(self._flops, micro_batches))}
         except UserError:
@@ -55,8 +55,9 @@ class Throughput:
     def _flops(self, micro: MicroBatch) -> float:
         lengths = tuple(np.diff(micro.cu_seqlens).tolist())
         layers = zip(self.survey.kinds, self.survey.layer_flops(lengths), strict=True)
-        head = self.survey.head_flops(int(is_scored(micro).sum()))
-        return head.model + sum(len(kind.layers) * flops.model for kind, flops in layers)
+        head = self.survey.head_flops(int(is_scored(micro)[micro.own].sum()))
+        sharing = 1 if micro.shard is None else micro.shard.count  # ranks that compute the documents together
+        return head.model + sum(len(kind.layers) * flops.model for kind, flops in layers) / sharing
 
 
 _RSS_UNIT = 1.0 if sys.platform == "darwin" else 1024.0

@@ -11,8 +11,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
 import attrs
 import torch
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._adopted: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _without_data(func, args, kwargs or {})
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         born = sum(self._born(t) for t in made)
         if born and not _is_product(func):
@@ -84,6 +84,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.update(self._adopted)
 
 
+def _without_data(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the operation makes. torch knows the shapes of grouped products in bfloat16 alone, which are all types'."""
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype is torch.bfloat16:
+        return func(*args, **kwargs)
+    factors = (factor.to(torch.bfloat16) for factor in args[:2])
+    return func(*factors, *args[2:], **kwargs).to(args[0].dtype)
+
+
 def _is_product(func: Any) -> bool:
     name = func.overloadpacket.__name__
     return name in _PRODUCTS or "varlen_attn" in name or "attention" in name
@@ -101,7 +109,9 @@ def without_data(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@cache
 def _fake_tensors() -> AbstractContextManager[Any]:
+    """One mode for all: tensors of two do not mix."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
     return FakeTensorMode()  # type: ignore[no-untyped-call, unused-ignore]
@@ -137,7 +147,8 @@ def _packed(lengths: Sequence[int]) -> Context:
 def ends_footprint(model: nn.Module, lengths: Sequence[int], *, granularity: int) -> Footprint:
     """Of what comes before and after the layers of a model, whose `layers` are gone; inside `without_data`."""
     context, tokens = _packed(lengths), torch.zeros(sum(lengths), dtype=torch.int64)
-    run: Callable[[], Tensor] = partial(model.hidden, tokens, context)  # type: ignore[arg-type, operator, misc]
+    hidden: Callable[[Tensor, Context], Tensor] = cast("Any", model).hidden
+    run = partial(hidden, tokens, context)
     return footprint(run, model.parameters(), torch.empty(0), tokens, context.positions, granularity=granularity)
 
 

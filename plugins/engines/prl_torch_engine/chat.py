@@ -18,11 +18,11 @@ from prl.types import Completion, Message
 
 from prl_torch_engine import body
 from prl_torch_engine.body import Body
-from prl_torch_engine.engine import MAX_SIBLINGS, Engine
+from prl_torch_engine.engine import Engine
 from prl_torch_engine.events import ChatEvents
 from prl_torch_engine.generate import sampling_of, usage
 from prl_torch_engine.refusal import RefusedError
-from prl_torch_engine.requests import Request
+from prl_torch_engine.requests import MAX_SIBLINGS, Request
 
 _NEUTRAL = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "top_logprobs": 0}
 _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")

@@ -28,10 +28,10 @@ class ControlEndpoints:
         return web.json_response({"status": "ok"})
 
     async def statistics(self, http: web.Request) -> web.Response:
-        return web.json_response(self._engine.statistics())
+        return web.json_response(await self._engine.statistics())
 
     async def metrics(self, http: web.Request) -> web.Response:
-        return web.Response(text=exposition(self._engine.statistics()))
+        return web.Response(text=exposition(await self._engine.statistics()))
 
     async def pause(self, http: web.Request) -> web.Response:
         await self._engine.pause()

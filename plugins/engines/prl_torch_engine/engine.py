@@ -6,23 +6,17 @@ Knows tokens and versions, nothing of HTTP but the statuses of its refusals. Bui
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-import torch
 from prl.errors import InfrastructureError
 from prl.types import Manifest, Sampling
 
 from prl_torch_engine.generation import Generation, Stream
 from prl_torch_engine.refusal import RefusedError
-from prl_torch_engine.requests import MAX_STOPS, Request, Result
+from prl_torch_engine.requests import Request, Result, checked
 from prl_torch_engine.scheduler import Scheduler
 from prl_torch_engine.weights import Weights
-
-MAX_SIBLINGS = 1024
-MIN_TEMPERATURE = 1e-3
-"""Logits divided by less would overflow; 0 is greedy."""
 
 
 class Engine:
@@ -56,24 +50,14 @@ class Engine:
         """A request that this engine can serve; RefusedError says why not."""
         if self._scheduler.version < 0:
             raise RefusedError(503, "no weights were committed yet; try again when the first version is published")
-        if not 0 < len(prompt) < self.length:
-            raise RefusedError(
-                400,
-                f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {self.length - 1} of them",
-            )
-        if 0 < sampling.temperature < MIN_TEMPERATURE:
-            raise RefusedError(400, f"temperature {sampling.temperature} must be 0 or at least {MIN_TEMPERATURE}")
-        if sampling.min_tokens > sampling.max_tokens:
-            raise RefusedError(400, f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}")
-        if len(stop) > MAX_STOPS:
-            raise RefusedError(400, f"{len(stop)} stop tokens; at most {MAX_STOPS} are possible")
-        return Request(
-            request_id=request_id or f"gen-{secrets.token_hex(8)}",
-            prompt=torch.tensor(prompt),
-            sampling=sampling,
+        return checked(
+            prompt,
+            sampling,
+            length=self.length,
             n=n,
             stop=stop,
             session=session,
+            request_id=request_id,
             routes_from=routes_from,
             streaming=streaming,
         )
@@ -122,7 +106,7 @@ class Engine:
             raise InfrastructureError(f"version {version} was not prepared ({known}, version {served} is served)")
 
     # --- what a person or the controller asks ---------------------------------------------------------------------
-    def statistics(self) -> Mapping[str, float]:
+    async def statistics(self) -> Mapping[str, float]:
         """Totals since the start; `running` and `waiting` count sequences."""
         scheduler = self._scheduler
         return {

@@ -13,8 +13,8 @@ from prl.types import Completion, Sampling
 from prl_torch_engine import body
 from prl_torch_engine.body import Body
 from prl_torch_engine.columns import MEDIA_TYPE, Completions, pack
-from prl_torch_engine.engine import MAX_SIBLINGS, Engine
-from prl_torch_engine.requests import MAX_STOPS, Request, Result
+from prl_torch_engine.engine import Engine
+from prl_torch_engine.requests import MAX_SIBLINGS, MAX_STOPS, Request, Result
 
 MAX_SEED = (1 << 63) - 1
 MAX_TOKENS = (1 << 31) - 1

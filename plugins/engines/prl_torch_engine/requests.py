@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
+
 import attrs
+import torch
 from prl.types import Completion, Int32, Sampling
 from torch import Tensor
 
+from prl_torch_engine.refusal import RefusedError
+
+MAX_SIBLINGS = 1024
 MAX_STOPS = 16
 """Most stop tokens of one request."""
+MIN_TEMPERATURE = 1e-3
+"""Logits divided by less would overflow; 0 is greedy."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -25,6 +33,41 @@ class Request:
     """The first token whose routes are wanted; None: none are."""
     streaming: bool = False
     """Report the tokens of every step, not only the finished completions."""
+
+
+def checked(
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    length: int,
+    n: int,
+    stop: tuple[int, ...],
+    session: str = "",
+    request_id: str = "",
+    routes_from: int | None = None,
+    streaming: bool = False,
+) -> Request:
+    """A request that an engine whose sequences have at most `length` tokens can serve; RefusedError says why not."""
+    if not 0 < len(prompt) < length:
+        raise RefusedError(
+            400, f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {length - 1} of them"
+        )
+    if 0 < sampling.temperature < MIN_TEMPERATURE:
+        raise RefusedError(400, f"temperature {sampling.temperature} must be 0 or at least {MIN_TEMPERATURE}")
+    if sampling.min_tokens > sampling.max_tokens:
+        raise RefusedError(400, f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}")
+    if len(stop) > MAX_STOPS:
+        raise RefusedError(400, f"{len(stop)} stop tokens; at most {MAX_STOPS} are possible")
+    return Request(
+        request_id=request_id or f"gen-{secrets.token_hex(8)}",
+        prompt=torch.tensor(prompt),
+        sampling=sampling,
+        n=n,
+        stop=stop,
+        session=session,
+        routes_from=routes_from,
+        streaming=streaming,
+    )
 
 
 @attrs.frozen(kw_only=True)

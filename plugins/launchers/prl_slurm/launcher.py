@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -50,15 +51,36 @@ class SlurmLauncher:
 
     def launch(self, plan: LaunchPlan) -> int:
         """Submit, and say what comes next."""
-        folder = plan.run_dir.path / "slurm"
-        folder.mkdir(exist_ok=True)
-        (folder / "node.sh").write_text(script.node(self.config, plan.run_dir.path))
+        folder = self._prepare(plan)
         (folder / "job.sh").write_text(script.job(plan, self.config))
         job = commands.submit(str(folder / "job.sh"))
-        plan.run_dir.write_json(plan.run_dir.launch, {"launcher": "slurm", "job": job, "submitted": time.time()})
+        self._remember(plan, job)
         nodes = sum(request.nodes for request in requests(plan, self.config))
         print(f"submitted as job {job} for {nodes} nodes; `prl status`, `prl logs -f`, `prl stop`", flush=True)
         return 0
+
+    def launch_all(self, plans: Sequence[LaunchPlan], folder: Path) -> int:
+        """A sweep as one job array; each run knows its element."""
+        text = script.array(plans, self.config, folder)
+        (folder / "slurm").mkdir(exist_ok=True)
+        (folder / "slurm" / "runs").write_text("".join(f"{plan.run_dir.path}\n" for plan in plans))
+        (folder / "slurm" / "array.sh").write_text(text)
+        for plan in plans:
+            self._prepare(plan)
+        job = commands.submit(str(folder / "slurm" / "array.sh"))
+        for index, plan in enumerate(plans):
+            self._remember(plan, f"{job}_{index}")
+        print(f"submitted as job array {job} of {len(plans)} runs", flush=True)
+        return 0
+
+    def _prepare(self, plan: LaunchPlan) -> Path:
+        folder = plan.run_dir.path / "slurm"
+        folder.mkdir(exist_ok=True)
+        (folder / "node.sh").write_text(script.node(self.config, plan.run_dir.path))
+        return folder
+
+    def _remember(self, plan: LaunchPlan, job: str) -> None:
+        plan.run_dir.write_json(plan.run_dir.launch, {"launcher": "slurm", "job": job, "submitted": time.time()})
 
     def remote(self, run_dir: RunDir) -> SlurmRun:
         """The run in the queue."""

@@ -35,14 +35,28 @@ NEEDED = ("options", "command")
 def job(plan: LaunchPlan, config: SlurmConfig) -> str:
     """The batch script; UserError when the user's template is not one."""
     run = plan.run_dir.path
-    name = config.job_name or run.name
-    common = _job_options(config, name, run)
+    return _script(plan, config, run, f"{run}/slurm/job.log", shlex.quote(str(run)))
+
+
+def array(plans: Sequence[LaunchPlan], config: SlurmConfig, folder: Path) -> str:
+    """The batch script of a sweep: element I of the array is the run in line I + 1 of slurm/runs."""
+    if config.allocation == "heterogeneous":
+        raise UserError("--sweep: a heterogeneous job cannot be an array; use launcher.allocation = 'one' or 'shared'")
+    if len({requests(plan, config) for plan in plans}) > 1:
+        raise UserError("--sweep: its runs need different nodes, which one job array cannot ask for; launch them apart")
+    run = f'"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(f"{folder}/slurm/runs")})"'
+    return _script(plans[0], config, folder, f"{folder}/slurm/%a.log", run, f"--array=0-{len(plans) - 1}")
+
+
+def _script(plan: LaunchPlan, config: SlurmConfig, folder: Path, log: str, run: str, *more: str) -> str:
+    name = config.job_name or folder.name
+    common = [*more, *_job_options(config, name, log)]
     parts = ["\n".join(_lines([*_options(request, config), *common])) for request in requests(plan, config)]
     values = {
         "options": "\n#SBATCH hetjob\n".join(parts),
         "environment": environment(config),
-        "command": f"{shlex.quote(python(config))} {COMMAND} {shlex.quote(str(run))}",
-        "run": str(run),
+        "command": f"{shlex.quote(python(config))} {COMMAND} {run}",
+        "run": str(folder),
         "name": name,
     }
     return _fill(_template(config), values)
@@ -102,7 +116,7 @@ def _options(request: Request, config: SlurmConfig) -> list[str]:
     return [*options, *(["--exclusive"] if config.exclusive else [])]
 
 
-def _job_options(config: SlurmConfig, name: str, run: Path) -> list[str]:
+def _job_options(config: SlurmConfig, name: str, log: str) -> list[str]:
     """Of every component: sbatch wants the queue's questions answered for each."""
     given = {
         "job-name": name,
@@ -116,7 +130,7 @@ def _job_options(config: SlurmConfig, name: str, run: Path) -> list[str]:
     options = [f"--{key}={value}" for key, value in given.items() if value]
     # A lost node ends its own processes and no others; the log of a job that queues again goes on.
     lives = ["--no-kill", "--requeue", "--open-mode=append", f"--signal=B:USR1@{config.cut_seconds}"]
-    return [*options, f"--output={run}/slurm/job.log", f"--chdir={Path.cwd()}", *lives, *config.options]
+    return [*options, f"--output={log}", f"--chdir={Path.cwd()}", *lives, *config.options]
 
 
 # --- the user's own ---------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class GlmConfig(ModelConfig):
     expert_intermediate_size: int | None = option(
         None, help="width of one expert, if not the size's", validator=_positive
     )
+    kv_rank: int | None = option(None, help="width of latent keys and values, if not the size's", validator=_positive)
+    rope_dim: int | None = option(None, help="width of a head's rotated part, if not the size's", validator=_positive)
     index_top_k: int | None = option(
         None, help="tokens that attention sees of those before, if not the size's", validator=_positive
     )

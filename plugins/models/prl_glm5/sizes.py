@@ -104,6 +104,8 @@ _OVERRIDES = (
     "experts",
     "experts_per_token",
     "expert_intermediate_size",
+    "kv_rank",
+    "rope_dim",
     "index_top_k",
 )
 

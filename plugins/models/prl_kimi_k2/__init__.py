@@ -35,6 +35,8 @@ class KimiConfig(ModelConfig):
     expert_intermediate_size: int | None = option(
         None, help="width of one expert, if not the size's", validator=_positive
     )
+    kv_rank: int | None = option(None, help="width of latent keys and values, if not the size's", validator=_positive)
+    rope_dim: int | None = option(None, help="width of a head's rotated part, if not the size's", validator=_positive)
 
 
 @attrs.frozen(kw_only=True)

@@ -108,7 +108,15 @@ def resolve(config: KimiConfig, vocab_size: int) -> Sizes:
             f"{named} has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the tokenizer of the "
             "published model"
         )
-    overrides = ("layers", "hidden_size", "experts", "experts_per_token", "expert_intermediate_size")
+    overrides = (
+        "layers",
+        "hidden_size",
+        "experts",
+        "experts_per_token",
+        "expert_intermediate_size",
+        "kv_rank",
+        "rope_dim",
+    )
     given = {name: value for name in overrides if (value := getattr(config, name)) is not None}
     sizes = attrs.evolve(sizes, vocab_size=sizes.vocab_size or vocab_size, **given)
     if sizes.experts_per_token > sizes.experts:

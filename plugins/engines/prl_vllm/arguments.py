@@ -1,0 +1,106 @@
+"""A run's engine section as vLLM's command line and environment. Knows names of arguments, starts nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prl.compose.config import Run
+
+from prl_vllm import release
+from prl_vllm.config import KvTiers, Parallel, VllmConfig
+from prl_vllm.inside import ROUTES, SWITCH
+
+CPU_KV_CACHE_BYTES = 256 << 20
+EXTENSION = "prl_vllm.inside.worker.Extension"
+
+
+def arguments(
+    run: Run, config: VllmConfig, *, model: Path, dtype: str, cpu: bool, latent: bool = False, routes: bool = False
+) -> dict[str, Any]:
+    """Python name -> value of every argument but the address; `engine.options` may override defaults, not decisions.
+
+    `latent`: the model has multi-head latent attention. `routes`: expert choices are reported.
+    """
+    kv_cache = config.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else 0)
+    return {
+        **({"enforce_eager": True} if cpu else {}),  # compilation takes longer than small runs do
+        # On processors with AMX vLLM prefers a kernel that computes in bfloat16 alone, whatever the dtype.
+        **({"attention_backend": "CPU_MLA"} if cpu and latent and dtype == "float32" else {}),
+        **_parallel(config.parallel),
+        **_kv_tiers(config.kv_tiers),
+        **({"quantization": "fp8"} if config.fp8.weights else {}),
+        **({"kv_cache_dtype": "fp8"} if config.fp8.kv_cache else {}),
+        **({"enable_return_routed_experts": True} if routes and not cpu else {}),
+        **config.options,
+        "model": str(model),
+        "load_format": "dummy",  # the first version is published before anything is generated
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "seed": run.run.seed,
+        "max_num_seqs": config.sequences,
+        "max_model_len": config.length or run.rollouts.sequence_length,
+        "enable_prefix_caching": config.prefix_caching,
+        **({"kv_cache_memory_bytes": kv_cache} if kv_cache else {}),
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": EXTENSION,
+        **({"enable_scale_out": True} if "enable_scale_out" in release.arguments() else {}),
+        "disable_uvicorn_access_log": True,
+    }
+
+
+def _parallel(parallel: Parallel) -> dict[str, Any]:
+    experts = {"enable_expert_parallel": True, "all2all_backend": parallel.all_to_all} if parallel.experts else {}
+    copies = parallel.redundant_experts
+    return {
+        "tensor_parallel_size": parallel.tensor,
+        "data_parallel_size": parallel.data,
+        **experts,
+        **({"enable_eplb": True, "eplb_config": {"num_redundant_experts": copies}} if copies else {}),
+    }
+
+
+def _kv_tiers(tiers: KvTiers) -> dict[str, Any]:
+    if not tiers.host_bytes:
+        return {}
+    extra: dict[str, Any] = {"cpu_bytes_to_use": tiers.host_bytes}
+    if tiers.disk:
+        extra |= {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": tiers.disk}]}
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return {"kv_transfer_config": connector}
+
+
+def command_line(values: Mapping[str, Any]) -> Iterator[str]:
+    """`--max-num-seqs 64 --no-enable-prefix-caching ...`: flags for true and false, JSON for tables and lists."""
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if value is True:
+            yield f"--{flag}"
+        elif value is False:
+            yield f"--no-{flag}"
+        else:
+            yield f"--{flag}"
+            yield value if isinstance(value, str) else json.dumps(value)
+
+
+def environment(config: VllmConfig, *, cpu: bool, routes: bool = False) -> dict[str, str]:
+    """What is added to the environment of vLLM's processes."""
+    # Threads that spin while they wait for each other take the cores from those they wait for.
+    threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "passive"}
+    return {
+        SWITCH: "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for pausing and for calls into workers
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",  # everything it loads is in the run directory
+        **({**threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpu else {}),
+        **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
+        **({ROUTES: "1"} if routes else {}),
+        **config.environment,
+    }
+
+
+def on_cpu(run: Run) -> bool:
+    """Whether the server computes on a CPU."""
+    return release.cpu_build() or run.trainer.device == "cpu"

@@ -1,0 +1,324 @@
+"""The engine as the endpoints see it: requests to vLLM under the version being served, and new versions into vLLM.
+
+    request ──► door ──► vLLM, salted with the version          closed while weights change: what stands before it is
+                  │                                             sent under the new version and finds no old prefix
+    prepare ──► every worker fetches and verifies, while it serves
+    commit  ──► close door, pause keeping requests, load, mark the version, resume, open door
+                a load that fails is undone before anything is resumed; one that cannot be undone ends the engine
+
+At most `sequences` continuations are inside vLLM at one time; the others wait at the door, so that hardly any waits in
+vLLM with a salt of a version that is gone. Built by `server.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import attrs
+import numpy as np
+from prl.errors import InfrastructureError
+from prl.types import Completion, Int32, Manifest, Sampling, StopReason
+from prl_torch_engine.generation import Stream
+from prl_torch_engine.refusal import RefusedError
+from prl_torch_engine.requests import Progress, Request, Result, checked
+
+from prl_vllm.api import Answer, Ask, RefusedByVllmError, VllmApi
+from prl_vllm.door import Door
+from prl_vllm.model_files import check
+from prl_vllm.segments import in_segments
+
+POLL_SECONDS = 0.02
+"""Between two looks at a version that is being fetched; each look takes the place of part of a step."""
+
+
+class Engine:
+    """One vLLM server that serves one run's policy."""
+
+    def __init__(
+        self,
+        api: VllmApi,
+        *,
+        run_dir: str,
+        shapes: dict[str, tuple[int, ...]],
+        length: int,
+        vocab_size: int,
+        sequences: int,
+        recompute: bool,
+        tells_versions: bool,
+    ) -> None:
+        self._api = api
+        self._run_dir = run_dir
+        self._shapes = shapes
+        self._recompute = recompute
+        self._tells_versions = tells_versions
+        self._aborted: set[str] = set()
+        """Requests that somebody wants to end; only on releases where weight updates abort them too."""
+        self._door = Door(sequences)
+        self._sequences = sequences
+        self._staged: int | None = None
+        self._staging = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._updates = 0
+        self._paused = False
+        self.version = -1
+        self.length = length
+        self.vocab_size = vocab_size
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails when the engine can serve no version any more."""
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        n: int,
+        stop: tuple[int, ...],
+        session: str = "",
+        request_id: str = "",
+        routes_from: int | None = None,
+        streaming: bool = False,
+    ) -> Request:
+        """A request that can be sent; RefusedError says why not."""
+        if self.version < 0:
+            raise RefusedError(503, "no weights were committed yet; try again when the first version is published")
+        return checked(
+            prompt,
+            sampling,
+            length=self.length,
+            n=n,
+            stop=stop,
+            session=session,
+            request_id=request_id,
+            routes_from=routes_from,
+            streaming=streaming,
+        )
+
+    async def generate(self, request: Request) -> Result:
+        """The finished request; cancelling aborts it. Members beyond what vLLM decodes at once follow later."""
+        answers = []
+        for first in range(0, request.n, self._sequences):
+            n = min(self._sequences, request.n - first)
+            with _refusals():
+                async with self._door.inside(n):
+                    answers.append(await self._answer(self._ask(request, first, n)))
+        return _result(request, answers)
+
+    async def _answer(self, ask: Ask) -> Answer:
+        if self._tells_versions:
+            return await self._api.generate(ask)
+        try:
+            return await in_segments(ask, self._send, self._aborted)
+        finally:
+            self._aborted.discard(ask.request_id)
+
+    async def _send(self, ask: Ask) -> Answer:
+        """Within one version, which is then known; asked again when it is not."""
+        while True:
+            await self._door.opened()
+            version, updates = self.version, self._updates
+            answer = await self._api.generate(attrs.evolve(ask, salt=_salt(version), version=version))
+            changes = self._updates - updates
+            if not changes or (changes == 1 and any(c.stop is StopReason.ABORT for c in answer.completions)):
+                break  # else it may have waited inside vLLM while weights changed
+        marked = (attrs.evolve(c, versions=np.full(len(c.tokens), version, np.int32)) for c in answer.completions)
+        return attrs.evolve(answer, completions=tuple(marked))
+
+    def _ask(self, request: Request, first: int, n: int) -> Ask:
+        sampling = attrs.evolve(request.sampling, seed=request.sampling.seed + first)
+        name = request.request_id if first == 0 else f"{request.request_id}-{first}"
+        prompt = request.prompt.tolist()
+        # The first token decides how long the longest continuation may be: vLLM refuses what does not fit.
+        most = min(sampling.max_tokens, self.length - len(prompt))
+        return Ask(
+            request_id=name,
+            prompt=prompt,
+            sampling=attrs.evolve(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most)),
+            n=n,
+            stop=request.stop,
+            salt=_salt(self.version),
+            version=self.version,
+            routes_from=request.routes_from,
+        )
+
+    @contextmanager
+    def stream(self, request: Request) -> Iterator[Stream]:
+        """The request's state as it grows; leaving before there is a result aborts it."""
+        stream = Stream()
+        task = asyncio.create_task(self._follow(request, stream))
+        try:
+            yield stream
+        finally:
+            task.cancel()
+
+    async def _follow(self, request: Request, stream: Stream) -> None:
+        """Streams serve people: all members in one request; what came before a failure is what they get."""
+        seen = {member: np.empty(0, np.int32) for member in range(request.n)}
+
+        def tell(member: int, tokens: Int32) -> None:
+            seen[member] = tokens
+            stream.update(Progress(request_id=request.request_id, member=member, tokens=tokens))
+
+        try:
+            async with self._door.inside(request.n):
+                answer = await self._api.stream(self._ask(request, 0, request.n), tell)
+        except InfrastructureError:
+            answer = Answer(
+                completions=tuple(_cut_short(tokens) for tokens in seen.values()),
+                prompt_tokens=len(request.prompt),
+                reused_tokens=0,
+            )
+        stream.update(_result(request, [answer]))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request: whoever waits for it gets the tokens so far."""
+        if not self._tells_versions:
+            self._aborted.add(request_id)
+        await self._api.abort(request_id)
+        return True
+
+    async def pause(self) -> None:
+        """Compute nothing until `resume`; requests are kept and accepted."""
+        async with self._changing:
+            await self._api.pause(clear_cache=False)
+            self._paused = True
+
+    async def resume(self) -> None:
+        async with self._changing:
+            await self._api.resume()
+            self._paused = False
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+    async def prepare(self, manifest: Manifest) -> None:
+        """Every worker fetches and verifies a version while the one before it is served."""
+        if manifest.version < self.version:
+            served = self.version
+            raise RefusedError(409, f"version {manifest.version} is older than version {served}, which is served")
+        async with self._staging:
+            self._staged = None
+            try:
+                check(manifest, self._shapes)
+                await self._fetch(manifest)
+            except InfrastructureError as error:
+                raise RefusedError(422, f"version {manifest.version} cannot be prepared: {error}") from error
+            self._staged = manifest.version
+
+    async def _fetch(self, manifest: Manifest) -> None:
+        await self._api.call("prl_prepare", run_dir=self._run_dir, manifest=attrs.asdict(manifest))
+        while True:
+            states = await self._api.call("prl_prepared", version=manifest.version)
+            for rank, state in enumerate(states):
+                if state["error"]:
+                    raise InfrastructureError(f"worker {rank}: {state['error']}")
+            if all(state["done"] for state in states):
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def commit(self, version: int) -> None:
+        """Serve a prepared version from the next token on; requests go on. The served version is no change."""
+        async with self._changing:
+            if self._staged != version:
+                if self.version == version:
+                    return
+                known = "no version is prepared" if self._staged is None else f"version {self._staged} is prepared"
+                raise RefusedError(
+                    409, f"version {version} was not prepared ({known}, version {self.version} is served)"
+                )
+            async with self._door.closed():
+                await self._swap(version)
+
+    async def _swap(self, version: int) -> None:
+        self._staged = None
+        await self._api.pause(clear_cache=self._recompute, keep=self._tells_versions)
+        try:
+            await self._api.call("prl_commit", version=version)
+        except InfrastructureError as error:
+            await self._undo(version, error)
+        else:
+            if self._tells_versions:
+                await self._api.set_version(version)
+            self.version = version
+            self._updates += 1
+        if not self._paused:
+            await self._api.resume()
+        if self.version != version:
+            raise RefusedError(409, f"version {version} could not be loaded; version {self.version} is served on")
+
+    async def _undo(self, version: int, error: InfrastructureError) -> None:
+        """Back to what was served, or the end of this engine: nothing is ever resumed on half of a version."""
+        try:
+            await self._api.call("prl_restore")
+        except InfrastructureError as second:
+            broken = InfrastructureError(
+                f"version {version} could not be loaded ({error}), and version {self.version} not restored ({second})"
+            )
+            if not self.broken.done():
+                self.broken.set_exception(broken)
+            raise RefusedError(500, str(broken)) from second
+
+    async def read_back(self) -> Mapping[str, int]:
+        """Name -> checksum of every tensor as the first worker serves it; generation waits meanwhile."""
+        async with self._changing, self._door.closed():
+            await self._api.pause(clear_cache=False)
+            try:
+                first: Mapping[str, int] = (await self._api.call("prl_read_back", names=[]))[0]
+            finally:
+                if not self._paused:
+                    await self._api.resume()
+        return first
+
+    # --- what a person or the controller asks -------------------------------------------------------------------------
+    async def statistics(self) -> Mapping[str, float]:
+        """Totals since the start; `running` and `waiting` count sequences."""
+        metrics = await self._api.metrics()
+        return {
+            "version": self.version,
+            "running": metrics.get("num_requests_running", 0.0),
+            "waiting": metrics.get("num_requests_waiting", 0.0) + self._door.waiting,
+            "paused": int(self._paused),
+            "generated_tokens": metrics.get("generation_tokens_total", 0.0),
+            "prompt_tokens": metrics.get("prompt_tokens_total", 0.0),
+            "prefix_hit_tokens": metrics.get("prefix_cache_hits_total", 0.0),
+            "preemptions": metrics.get("num_preemptions_total", 0.0),
+            "kv_usage": metrics.get("kv_cache_usage_perc", 0.0),
+            "busy_seconds": self._door.busy_seconds,
+            "updates": self._updates,
+        }
+
+
+def _salt(version: int) -> str:
+    """Prompts share what was computed for them under one version."""
+    return f"version-{version}"
+
+
+def _cut_short(tokens: Int32) -> Completion:
+    """What a stream had when it failed."""
+    return Completion(
+        tokens=tokens,
+        logprobs=np.zeros(len(tokens), np.float32),
+        versions=np.full(len(tokens), -1, np.int32),
+        stop=StopReason.ABORT,
+    )
+
+
+def _result(request: Request, answers: list[Answer]) -> Result:
+    return Result(
+        request_id=request.request_id,
+        completions=tuple(itertools.chain.from_iterable(answer.completions for answer in answers)),
+        prompt_tokens=answers[0].prompt_tokens,
+        reused_tokens=answers[0].reused_tokens,
+    )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What vLLM says no with, in this server's shape."""
+    try:
+        yield
+    except RefusedByVllmError as error:
+        raise RefusedError(502, str(error)) from error
+    except InfrastructureError as error:
+        raise RefusedError(503, str(error)) from error

@@ -1,0 +1,165 @@
+"""What the served weights hold, tensor by tensor, under the names and in the layout of the trainer.
+
+    published name ── model's own loaders, given indices ──► which elements of which parameter it went to
+    parameter      ── the layout of its kernel undone    ──► those elements, as they are served
+
+A linear layer whose kernel keeps only a packed copy is read through that kernel, with the identity as its input, which
+is exact. Where a loader computes instead of copying (a decay stored as its logarithm), what it makes of the sent tensor
+is compared instead. One worker's own part is read; tensors that are sharded over several workers come back partly.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import attrs
+import torch
+from prl.weights.tensors import tensor_bytes
+from torch import Tensor, nn
+
+from prl_vllm.inside.loading import Loader
+
+PACK_LIMIT = 1 << 24
+"""Elements of a packed parameter: more could not be numbered in float32."""
+
+
+@attrs.frozen(eq=False)
+class Placed:
+    """Part of a published tensor that a loader put into a parameter."""
+
+    layer: nn.Module
+    parameter: str
+    load: Callable[[Tensor, Tensor], Any]
+    """(parameter, tensor): the model's loader with its other arguments."""
+    shape: torch.Size
+    kind: type
+    attributes: dict[str, Any]
+
+
+def checksums(loader: Loader, tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[tuple[str, int]]:
+    """(name, zlib.crc32 of the served bytes) of the tensors in `names`, of all when it is empty.
+
+    A tensor that the model has no place for, and ignores, is not there.
+    """
+    wanted = {name: tensor for name, tensor in tensors.items() if not names or name in names}
+    placed = _placements(loader, wanted)
+    for name, tensor in wanted.items():
+        if placed[name]:
+            yield name, zlib.crc32(tensor_bytes(_read(tensor, placed[name])))
+
+
+def _read(tensor: Tensor, places: list[Placed]) -> Tensor:
+    """The tensor as it is served, from the first place that has all of it."""
+    for place in places:
+        served = unpacked(place.layer, place.parameter, place.shape)
+        index = _scratch(place, torch.int64)
+        place.load(index, 1 + torch.arange(tensor.numel()).reshape(tensor.shape))
+        taken = index.flatten()
+        if taken.sort().values[-tensor.numel() :].equal(1 + torch.arange(tensor.numel())):
+            flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            held = taken > 0
+            flat[taken[held] - 1] = served.flatten()[held].to(tensor.dtype)
+            return flat.reshape(tensor.shape)
+        if _computed_alike(place, tensor, served):
+            return tensor
+    return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.full_like(tensor, -1)
+
+
+def _computed_alike(place: Placed, tensor: Tensor, served: Tensor) -> bool:
+    expected = _scratch(place, served.dtype).fill_(torch.nan)
+    place.load(expected, tensor)
+    held = ~expected.isnan()
+    return bool(held.any()) and expected[held].equal(served[held])
+
+
+def _scratch(place: Placed, dtype: torch.dtype) -> Tensor:
+    made = torch.zeros(place.shape, dtype=dtype)
+    made.__class__ = place.kind
+    made.__dict__ = dict(place.attributes)
+    return made
+
+
+# --- where tensors go -------------------------------------------------------------------------------------------------
+def _placements(loader: Loader, tensors: Mapping[str, Tensor]) -> dict[str, list[Placed]]:
+    """Run the model's loading with loaders that only take note; what is served is put back as it was."""
+    placed: dict[str, list[Placed]] = {name: [] for name in tensors}
+    current = ""
+
+    def named() -> Iterator[tuple[str, Tensor]]:
+        nonlocal current
+        for name, tensor in tensors.items():
+            current = name
+            yield name, tensor
+
+    def note(layer: nn.Module, parameter: str, tensor: Tensor, load: Callable[..., Any]) -> Callable[..., Any]:
+        original = _plain(load)
+        attributes = {key: value for key, value in tensor.__dict__.items() if key != "weight_loader"}
+
+        @wraps(load)
+        def noting(*args: Any, **kwargs: Any) -> bool:
+            given = signature(original).bind(*args, **kwargs).arguments
+            parameter_word, tensor_word, *_ = given
+
+            def again(into: Tensor, what: Tensor) -> Any:
+                return original(**{**given, parameter_word: into, tensor_word: what})
+
+            placed[current].append(Placed(layer, parameter, again, tensor.shape, type(tensor), attributes))
+            return True
+
+        return noting
+
+    with loader.reloading(), loader.loaders(note):
+        loader.model.load_weights(named())  # type: ignore[operator]
+    return placed
+
+
+def _plain(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's loader under the layerwise reload's wrappers."""
+    while load.__name__ == "online_process_loader":
+        load = load.__wrapped__  # type: ignore[attr-defined]
+    return load
+
+
+# --- what a kernel keeps ----------------------------------------------------------------------------------------------
+def unpacked(layer: nn.Module, parameter: str, shape: torch.Size) -> Tensor:
+    """A parameter as it is served, in the layout `shape` it was loaded in; RuntimeError where that is unknown."""
+    kept: Tensor = getattr(layer, parameter).data
+    if parameter == "weight" and not kept.numel():
+        return _through_kernel(layer, shape)
+    isa = _packing(layer)
+    if isa and parameter in ("w13_weight", "w2_weight"):
+        return _unpack(kept, isa, shape)
+    if kept.shape != shape:
+        raise RuntimeError(
+            f"{type(layer).__name__}.{parameter} is served as {tuple(kept.shape)}, loaded as {tuple(shape)}"
+        )
+    return kept.cpu()
+
+
+def _through_kernel(layer: nn.Module, shape: torch.Size) -> Tensor:
+    identity = torch.eye(shape[1], dtype=layer.weight.dtype)
+    weight: Tensor = layer.quant_method.apply(layer, identity, None).T  # type: ignore[union-attr, operator]
+    return weight
+
+
+def _packing(layer: nn.Module) -> str:
+    """The instruction set that CPU experts are packed for, empty where they are not."""
+    kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    return getattr(experts, "isa", "") if getattr(experts, "packed", True) else ""
+
+
+def _unpack(kept: Tensor, isa: str, shape: torch.Size) -> Tensor:
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    if kept.numel() != shape.numel() or kept.numel() >= PACK_LIMIT:
+        raise RuntimeError(f"{kept.numel()} packed elements cannot be read back: padded, or {PACK_LIMIT} or more")
+    numbers = torch.arange(kept.numel(), dtype=torch.float32).reshape(shape)
+    places = cpu_prepack_moe_weight(numbers, isa).flatten().long()
+    flat = torch.empty(kept.numel(), dtype=kept.dtype)
+    flat[places] = kept.flatten()
+    return flat.reshape(shape)

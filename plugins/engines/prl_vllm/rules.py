@@ -1,0 +1,122 @@
+"""What must hold for a run on vLLM: checked where it is composed, without importing vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+
+from prl.compose.config import Run
+from prl.compose.discover import did_you_mean
+
+from prl_vllm import release
+from prl_vllm.arguments import on_cpu
+from prl_vllm.config import Parallel, VllmConfig
+
+OWN_ARGUMENTS = {
+    "model": "the run's [model]",
+    "tokenizer": "the run's [tokenizer]",
+    "skip_tokenizer_init": "the run's [tokenizer]",
+    "dtype": "[quantization]",
+    "load_format": "[weights]",
+    "max_num_seqs": "engine.sequences",
+    "max_model_len": "engine.length",
+    "kv_cache_memory_bytes": "engine.kv_cache_bytes",
+    "enable_prefix_caching": "engine.prefix_caching",
+    "tensor_parallel_size": "engine.parallel.tensor",
+    "data_parallel_size": "engine.parallel.data",
+    "enable_expert_parallel": "engine.parallel.experts",
+    "all2all_backend": "engine.parallel.all_to_all",
+    "enable_eplb": "engine.parallel.redundant_experts",
+    "quantization": "engine.fp8.weights",
+    "kv_cache_dtype": "engine.fp8.kv_cache",
+    "logprobs_mode": "prl: the trainer needs them under the sampling temperature",
+    "worker_extension_cls": "prl: it brings the weights in",
+    "host": "prl: the server is reached through the engine",
+    "port": "prl: the server is reached through the engine",
+    "uds": "prl: the server is reached through the engine",
+    "api_key": "prl: the run's token guards the engine",
+}
+"""Arguments of vLLM that are not `engine.options`, and what decides each instead."""
+
+
+def problems(engine: VllmConfig, run: Run) -> Iterator[str]:
+    """One sentence for each thing that does not fit."""
+    if 0 < engine.length < run.rollouts.sequence_length:
+        yield (
+            f"engine.length = {engine.length} is shorter than rollouts.sequence_length = "
+            f"{run.rollouts.sequence_length}; raise it, or leave it out"
+        )
+    yield from _servers(engine)
+    yield from _parallel(engine.parallel)
+    yield from _kv_tiers(engine)
+    if on_cpu(run):
+        yield from _not_on_a_cpu(engine)
+    yield from _release()
+    yield from _names("engine.options", engine.options, release.arguments(), "an argument")
+    yield from _names("engine.environment", _vllm_only(engine.environment), release.variables(), "a variable")
+
+
+def _servers(engine: VllmConfig) -> Iterator[str]:
+    if engine.servers and len(engine.servers) != engine.count:
+        yield f"engine.servers names {len(engine.servers)} servers for engine.count = {engine.count} engines"
+    if engine.servers and (engine.options or engine.environment):
+        yield "engine.servers run already: give engine.options and engine.environment to whoever starts them"
+
+
+def _parallel(parallel: Parallel) -> Iterator[str]:
+    if parallel.experts and parallel.tensor * parallel.data == 1:
+        yield "engine.parallel.experts = true divides experts over one device; raise engine.parallel.tensor or data"
+    if not parallel.experts:
+        if parallel.all_to_all != "allgather_reducescatter":
+            yield f'engine.parallel.all_to_all = "{parallel.all_to_all}" needs engine.parallel.experts = true'
+        if parallel.redundant_experts:
+            yield "engine.parallel.redundant_experts needs engine.parallel.experts = true"
+    if parallel.all_to_all.startswith("deepep"):
+        if parallel.data == 1:
+            yield f'engine.parallel.all_to_all = "{parallel.all_to_all}" joins the copies of engine.parallel.data > 1'
+        if find_spec("deep_ep") is None:
+            yield (
+                f'engine.parallel.all_to_all = "{parallel.all_to_all}" needs DeepEP (module deep_ep), which is not '
+                "installed here; install it as its project describes, or use allgather_reducescatter"
+            )
+
+
+def _kv_tiers(engine: VllmConfig) -> Iterator[str]:
+    tiers = engine.kv_tiers
+    if tiers.disk and not tiers.host_bytes:
+        yield "engine.kv_tiers.disk is behind the host memory: set engine.kv_tiers.host_bytes too"
+    if tiers.host_bytes and not engine.prefix_caching:
+        yield "engine.kv_tiers.host_bytes needs engine.prefix_caching = true: tiers hold what prompts reuse"
+    if tiers.host_bytes and "kv_transfer_config" in engine.options:
+        yield "engine.options.kv_transfer_config and engine.kv_tiers both name a connector; keep one of them"
+
+
+def _not_on_a_cpu(engine: VllmConfig) -> Iterator[str]:
+    for where, value in {
+        "engine.fp8.weights": engine.fp8.weights,
+        "engine.fp8.kv_cache": engine.fp8.kv_cache,
+        "engine.kv_tiers.host_bytes": engine.kv_tiers.host_bytes,
+        "engine.parallel.redundant_experts": engine.parallel.redundant_experts,
+    }.items():
+        if value:
+            yield f"{where} = {str(value).lower()} needs a GPU: vLLM's CPU backend has nothing for it"
+    if engine.parallel.experts and engine.parallel.data > 1:
+        yield "engine.parallel.experts with engine.parallel.data > 1 needs GPUs: on a CPU vLLM cannot join the copies"
+
+
+def _release() -> Iterator[str]:
+    found = release.installed()
+    if found is not None and found not in release.SUPPORTED:
+        yield f"vLLM {found} is installed; this plugin knows releases {release.SUPPORTED}"
+
+
+def _names(where: str, given: Iterable[str], known: frozenset[str], what: str) -> Iterator[str]:
+    for name in given:
+        if name in OWN_ARGUMENTS:
+            yield f"{where}.{name} is decided by {OWN_ARGUMENTS[name]}"
+        elif known and name not in known:
+            yield f"{where}.{name} is not {what} of vLLM {release.installed()}{did_you_mean(name, known)}"
+
+
+def _vllm_only(environment: Iterable[str]) -> list[str]:
+    return [name for name in environment if name.startswith("VLLM_")]

@@ -1,0 +1,123 @@
+"""The engine process: starts a vLLM server or joins one, and serves the run's HTTP API in front of it.
+
+    environment workers, people ──► this process ──► vLLM's API server ──► its engine core and workers
+    controller ── prepare, commit ──┘  (token)       (a socket only this user can open)
+
+Ends, with the reason, when vLLM does. Called by `prl.weights.engines`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from prl.errors import InfrastructureError
+from prl.routes import replayed
+from prl_torch_engine.server import application, listening
+
+from prl_vllm import arguments as vllm
+from prl_vllm import model_files
+from prl_vllm.api import VllmApi
+from prl_vllm.config import VllmConfig
+from prl_vllm.engine import Engine
+from prl_vllm.inside import KEY_VARIABLE, PROTOCOL
+from prl_vllm.model_files import Described
+from prl_vllm.process import started
+
+if TYPE_CHECKING:
+    from prl.weights.engines import EngineContext
+
+HEALTH_SECONDS = 5.0
+"""Between two looks at a server that was joined."""
+
+
+async def serve(context: EngineContext) -> None:
+    """Announce the engine once vLLM is ready, and serve until cancelled or until vLLM ends."""
+    run = context.composition.run
+    config = cast(VllmConfig, run.engine)
+    described = await asyncio.to_thread(model_files.describe, context.composition)
+    async with _server(context, config, described) as (api, ended):
+        description = await _expect_extension(api)
+        engine = Engine(
+            api,
+            run_dir=str(context.run_dir.path),
+            shapes=described.shapes,
+            length=config.length or run.rollouts.sequence_length,
+            vocab_size=described.tokenizer.vocab_size,
+            sequences=config.sequences,
+            recompute=config.on_update == "recompute",
+            tells_versions=description["tells_versions"],
+        )
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ended)
+            tasks.create_task(_broken(engine))
+            app = application(engine, described, context.token)
+            app.add_routes([web.get("/weights/checksums", _checksums(engine))])
+            async with listening(app, context.host) as url:
+                await context.announce(url)
+                await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _server(
+    context: EngineContext, config: VllmConfig, described: Described
+) -> AsyncIterator[tuple[VllmApi, Coroutine[None, None, None]]]:
+    """The server of this engine, started or joined, and what raises when it ends."""
+    if config.servers:
+        api = VllmApi(config.servers[context.index], key=os.environ.get(KEY_VARIABLE, ""))
+        try:
+            yield api, _watched(api, config.servers[context.index])
+        finally:
+            await api.aclose()
+        return
+    run = context.composition.run
+    cpu = vllm.on_cpu(run)
+    length = config.length or run.rollouts.sequence_length
+    folder = context.run_dir.path / "engines" / str(context.index)
+    model_files.write(described, folder, length=length, cpu=cpu)
+    routes = replayed(context.composition) is not None
+    values = vllm.arguments(
+        run, config, model=folder, dtype=described.dtype, cpu=cpu, latent=described.latent, routes=routes
+    )
+    environment = vllm.environment(config, cpu=cpu, routes=routes)
+    async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
+        yield server.api, server.ended()
+
+
+def _checksums(engine: Engine) -> Handler:
+    async def answer(http: web.Request) -> web.Response:
+        return web.json_response(await engine.read_back())
+
+    return answer
+
+
+async def _watched(api: VllmApi, url: str) -> None:
+    while await api.healthy():
+        await asyncio.sleep(HEALTH_SECONDS)
+    raise InfrastructureError(f"the vLLM server at {url} is not healthy any more")
+
+
+async def _broken(engine: Engine) -> None:
+    await engine.broken
+
+
+async def _expect_extension(api: VllmApi) -> Mapping[str, Any]:
+    """What the server says of itself. A joined one may be any: it must bring prl's extension, of this kind."""
+    try:
+        (described, *_) = await api.call("prl_describe")
+    except InfrastructureError as error:
+        raise InfrastructureError(
+            f"this vLLM server is not one a run can use ({error}); start it as docs/vllm.md says, with "
+            f"PRL_VLLM=1 VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {vllm.EXTENSION}"
+        ) from error
+    if described["protocol"] != PROTOCOL:
+        raise InfrastructureError(
+            f"this vLLM server speaks protocol {described['protocol']} of prl's extension, this engine {PROTOCOL}; "
+            "start it with the same release of prl"
+        )
+    return cast(Mapping[str, Any], described)

@@ -1,0 +1,68 @@
+"""`prl plan`: the three models of the shipped configs at full size, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from prl.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FULL = {"glm5_1": 743.9e9, "kimi_k2_7": 1026.4e9, "nemotron3_ultra": 549.3e9}
+"""Parameters, as models.md of the families' reports has them."""
+
+
+def planned(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> dict:
+    config = str(CONFIGS / f"{name}_swe_28xh200.toml")
+    assert main(["plan", config, "--engine-devices", "32", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_shipped_layouts_work(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, name, "--sweep", "expert=16")
+    assert plan["parameters"] == pytest.approx(FULL[name], rel=1e-4)
+    assert plan["devices"] == {"trainer": 128, "engines": 96}
+    assert plan["configured"]["reasons"] == []
+    memory, time = plan["shown"]["memory"], plan["shown"]["time"]
+    assert memory["peak"] == max(memory["phases"].values()) <= plan["budget"]
+    assert sum(time["parts"].values()) == pytest.approx(time["seconds"])
+    assert time["tokens_per_second_per_device"] == pytest.approx(plan["tokens"] / time["seconds"] / 128)
+    assert plan["engines"]["longest_sequences"] > 0
+
+
+def test_a_sweep_says_what_cannot_work_and_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--layout", "context=1", "expert=1", "shard=128", "--sweep", "expert=3,16")
+    plan = planned(capsys, "nemotron3_ultra", *arguments)
+    assert "GB of 140 GB" in plan["configured"]["reasons"][0]
+    impossible = next(other for other in plan["others"] if other["layout"]["expert"] == 3)
+    assert impossible["reasons"] == [
+        "expert=3 does not divide shard x context = 128",
+        "expert=3 does not divide the model's 512 experts",
+    ]
+    assert "memory" not in impossible
+
+
+def test_text_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(CONFIGS / "spell_backward.toml"), "--compute", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert "layout: as configured" in text
+    assert text.count("<- the bottleneck") == 1
+    assert "qwen3, 0.00B parameters" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--device", "abacus"], "--device abacus: there are rates for h200, h100"),
+        (["--sweep", "pipeline=2"], "pipeline=2: expected one of replicate, shard, context, expert"),
+        (["--compute", "float8"], "--compute float8: expected bfloat16 or float32"),
+        (["--sampled", "2"], "rollouts: 'sampled' must be <= 1.0: 2.0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(CONFIGS / "spell_backward.toml"), *arguments]) == 2
+    assert sentence in capsys.readouterr().err

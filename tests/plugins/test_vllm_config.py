@@ -1,0 +1,157 @@
+"""The engine section for vLLM: what is refused where the run is composed, and the command line it becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+import pytest
+from prl.compose.compose import Composition, compose
+from prl.errors import ConfigError
+from prl_vllm import release
+from prl_vllm.arguments import arguments, command_line, environment
+from prl_vllm.config import VllmConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "spell_backward.toml"
+needs_names = pytest.mark.skipif(release.installed() is None, reason="names are those of the installed vLLM")
+
+
+def composed(*edits: str) -> Composition:
+    return compose(CONFIG, plugins="vllm", overrides=['engine.type="vllm"', *edits], probe=False)
+
+
+def refusal(*edits: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        composed(*edits)
+    (problem,) = error.value.problems
+    return problem.message
+
+
+def test_without_vllm_the_rest_goes_on_and_this_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prl.compose.checks.find_spec", lambda name: None if name == "vllm" else True)
+    assert compose(CONFIG, plugins="vllm").run.engine.count == 1
+    with pytest.raises(ConfigError, match=r"needs vllm; pip install 'prl\[vllm\]'"):
+        compose(CONFIG, plugins="vllm", overrides=['engine.type="vllm"'])
+
+
+def test_what_the_run_decides_is_no_option() -> None:
+    assert refusal("engine.options.max_model_len=8") == (
+        "engine.options.max_model_len is decided by engine.length (plugin 'vllm')"
+    )
+    assert "is decided by prl: the trainer needs them" in refusal('engine.options.logprobs_mode="raw_logprobs"')
+
+
+@needs_names
+def test_names_are_those_of_the_installed_release() -> None:
+    assert "max_num_batched_tokens" in release.arguments()
+    assert "VLLM_CPU_KVCACHE_SPACE" in release.variables()
+    sentence = refusal("engine.options.max_num_batched_token=8")
+    assert f"is not an argument of vLLM {release.installed()} (did you mean 'max_num_batched_tokens'?)" in sentence
+    assert "is not a variable of vLLM" in refusal('engine.environment.VLLM_CPU_KVCACHE_SPACES="1"')
+    assert composed('engine.environment.OMP_PROC_BIND="true"').run.engine.count == 1
+
+
+def test_a_sequence_must_fit_and_every_engine_needs_its_server() -> None:
+    assert "engine.length = 64 is shorter than rollouts.sequence_length = 96" in refusal("engine.length=64")
+    assert "names 1 servers for engine.count = 2 engines" in refusal(
+        'engine.servers=["http://127.0.0.1:8000"]', "engine.count=2"
+    )
+
+
+def test_options_become_the_command_line() -> None:
+    run = composed("engine.sequences=8", "engine.prefix_caching=false").run
+    config = attrs.evolve(run.engine, options={"max_num_batched_tokens": 512, "compilation_config": {"mode": 0}})
+    assert isinstance(config, VllmConfig)
+    words = list(command_line(arguments(run, config, model=Path("m"), dtype="float32", cpu=True)))
+    pairs = dict(zip(words, [*words[1:], ""], strict=True))
+    assert pairs["--max-num-seqs"] == "8"
+    assert pairs["--max-model-len"] == "96"
+    assert pairs["--dtype"] == "float32"
+    assert pairs["--max-num-batched-tokens"] == "512"
+    assert pairs["--compilation-config"] == '{"mode": 0}'
+    assert pairs["--kv-cache-memory-bytes"] == str(256 << 20)
+    assert {"--no-enable-prefix-caching", "--enforce-eager", "--skip-tokenizer-init"} <= set(words)
+
+
+def test_on_gpus_vllm_chooses_its_cache_and_compiles() -> None:
+    run = composed().run
+    assert isinstance(run.engine, VllmConfig)
+    words = set(command_line(arguments(run, run.engine, model=Path("m"), dtype="bfloat16", cpu=False)))
+    assert not words & {"--kv-cache-memory-bytes", "--enforce-eager"}
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(run.engine, cpu=False)
+
+
+def test_the_environment_of_the_config_comes_last() -> None:
+    run = composed('engine.environment.OMP_NUM_THREADS="3"').run
+    assert isinstance(run.engine, VllmConfig)
+    assert environment(run.engine, cpu=True)["OMP_NUM_THREADS"] == "3"
+
+
+GPUS = ('trainer.device="cuda"',)
+
+
+@pytest.mark.parametrize(
+    ("edits", "sentence"),
+    [
+        (("engine.parallel.experts=true",), "divides experts over one device"),
+        (("engine.parallel.redundant_experts=8",), "redundant_experts needs engine.parallel.experts = true"),
+        (
+            ('engine.parallel.all_to_all="flashinfer_nvlink_two_sided"', "engine.parallel.tensor=8"),
+            "needs engine.parallel.experts = true",
+        ),
+        (
+            (
+                'engine.parallel.all_to_all="deepep_low_latency"',
+                "engine.parallel.experts=true",
+                "engine.parallel.data=8",
+            ),
+            "needs DeepEP (module deep_ep)",
+        ),
+        (('engine.kv_tiers.disk="kv"',), "set engine.kv_tiers.host_bytes too"),
+        (("engine.kv_tiers.host_bytes=1024", "engine.prefix_caching=false"), "needs engine.prefix_caching = true"),
+    ],
+)
+def test_rules_between_parallelism_and_tiers(
+    monkeypatch: pytest.MonkeyPatch, edits: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    assert sentence in refusal(*GPUS, *edits)
+
+
+@pytest.mark.parametrize(
+    "edit", ["engine.fp8.weights=true", "engine.fp8.kv_cache=true", "engine.kv_tiers.host_bytes=9"]
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(edit: str) -> None:
+    assert "needs a GPU" in refusal('trainer.device="cpu"', edit)
+
+
+@pytest.mark.parametrize(("engines", "gpus"), [(4, 32), (8, 64)])
+def test_an_engine_of_eight_gpus_becomes_one_command_line(
+    monkeypatch: pytest.MonkeyPatch, engines: int, gpus: int
+) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    run = composed(
+        *GPUS,
+        f"engine.count={engines}",
+        "engine.parallel.data=8",
+        "engine.parallel.experts=true",
+        "engine.parallel.redundant_experts=16",
+        "engine.fp8.weights=true",
+        "engine.kv_tiers.host_bytes=1024",
+        'engine.kv_tiers.disk="kv"',
+    ).run
+    assert isinstance(run.engine, VllmConfig)
+    assert run.engine.count * run.engine.gpus == gpus
+    words = list(command_line(arguments(run, run.engine, model=Path("m"), dtype="bfloat16", cpu=False)))
+    pairs = dict(zip(words, [*words[1:], ""], strict=True))
+    assert (pairs["--tensor-parallel-size"], pairs["--data-parallel-size"]) == ("1", "8")
+    assert pairs["--all2all-backend"] == "allgather_reducescatter"
+    assert json.loads(pairs["--eplb-config"]) == {"num_redundant_experts": 16}
+    assert pairs["--quantization"] == "fp8"
+    connector = json.loads(pairs["--kv-transfer-config"])
+    assert connector["kv_connector"] == "OffloadingConnector"
+    assert connector["kv_connector_extra_config"]["secondary_tiers"] == [{"type": "fs", "root_dir": "kv"}]
+    assert {"--enable-expert-parallel", "--enable-eplb"} <= set(words)
+    assert environment(run.engine, cpu=False)["VLLM_USE_DEEP_GEMM"] == "1"
