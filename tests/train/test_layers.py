@@ -54,7 +54,7 @@ def test_activations_are_computed_again_in_the_backward_pass(settings):
         model = build_qwen3()
         layers.apply(model, TrainerSection(**section))
         seen: list[int] = []
-        model.layers[0].mlp.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         batch = pack_batch(random_samples(4))
         build_stepper(model, GradientRecorder(model.named_parameters())).step(batch, batch.ranks[0], 0.0)
         calls[name] = len(seen)

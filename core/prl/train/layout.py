@@ -65,7 +65,7 @@ def problems(trainer: TrainerSection) -> Iterator[Problem]:
     elif (sharing := trainer.ranks // trainer.replicate) % trainer.expert:
         yield Problem(
             "trainer.expert",
-            f"must divide the {sharing} ranks of shard x context that hold a copy, got {trainer.expert}",
+            f"must divide the {sharing} ranks (shard x context) of a copy, got {trainer.expert}",
         )
     if trainer.recompute and trainer.activation_checkpointing != "selective":
         yield Problem(

@@ -26,7 +26,7 @@ from prl.errors import RunError
 from prl.train import offload
 from prl.train.logprobs import TokenScores, token_scores
 from prl.train.parallel.context import ContextGroup
-from prl.train.parallel.gradients import clip_gradients
+from prl.train.parallel.gradients import clip_gradients, sum_undivided
 from prl.train.routes import RouteReader
 from prl.train.rows import Rows, rows_of
 from prl.train.streams import (
@@ -134,6 +134,7 @@ class Stepper:
 
     def _move(self, step: int, learning_rate: float) -> float:
         """Clip, step, forget the gradient; returns the gradient's norm before clipping."""
+        sum_undivided(self.model.parameters())
         grad_norm = clip_gradients(self.model.parameters(), self.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise RunError(f"the gradient of step {step} has norm {grad_norm}: the weights were left as they are")

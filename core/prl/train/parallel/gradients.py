@@ -1,4 +1,4 @@
-"""One norm over gradients that are divided in different ways."""
+"""One norm over gradients that are divided in different ways, and the sums that FSDP does not make."""
 
 from __future__ import annotations
 
@@ -6,10 +6,26 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prl.blocks.sharded import full
+
+
+def sum_undivided(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up over all ranks the gradients of parameters that every rank holds whole, where others are divided.
+
+    FSDP divides parameters of one dtype; the few of another (decays of Mamba-2 in float32) it leaves alone.
+    """
+    grads = _gradients(parameters)
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    if not whole or len(whole) == len(grads):
+        return
+    summed = torch.cat([grad.float().flatten() for grad in whole])
+    dist.all_reduce(summed)
+    for grad, part in zip(whole, torch.split(summed, [grad.numel() for grad in whole]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

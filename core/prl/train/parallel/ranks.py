@@ -6,6 +6,7 @@ Everything else in `prl.train` asks here to divide a model. On CPU the ranks spe
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -72,15 +73,17 @@ class Ranks:
         """Divide a `prl.providers.LanguageModel`: experts over `expert`, then everything with FSDP2, one unit per
         layer, one per layer's experts and one for the rest.
 
-        Gradients become SUMS over ranks, because the denominators of the losses are global.
+        Gradients become SUMS over ranks, because the denominators of the losses are global. Parameters of another dtype
+        than most stay whole: `prl.train.parallel.gradients.sum_undivided`.
         """
         if self.meshes is None:
             return
         if self.layout.expert > 1:
             self._divide_experts(model, self.meshes)
+        apart = _of_another_dtype(model)
         for layer in model.get_submodule("layers").children():
-            fully_shard(layer, mesh=self.meshes.parameters)
-        fully_shard(model, mesh=self.meshes.parameters)
+            fully_shard(layer, mesh=self.meshes.parameters, ignored_params=apart)
+        fully_shard(model, mesh=self.meshes.parameters, ignored_params=apart)
         register_fsdp_forward_method(model, "hidden")
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -108,6 +111,15 @@ class Ranks:
         """Leave the process group."""
         if self.meshes is not None:
             dist.destroy_process_group()
+
+
+def _of_another_dtype(model: nn.Module) -> set[nn.Parameter]:
+    """FSDP takes parameters of one dtype. The others, small vectors that must stay exact, every rank keeps."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    ((most, _),) = sizes.most_common(1)
+    return {parameter for parameter in model.parameters() if parameter.dtype is not most}
 
 
 def _whole_experts(meshes: Meshes, expert: int) -> Callable[[nn.Parameter], Shard]:
