@@ -41,10 +41,14 @@ class Casualties:
 
     async def run(self) -> None:
         while True:
-            for casualty in await asyncio.to_thread(self._reader.read):
-                if casualty.attempt == self._attempt:
-                    self._take_leave(casualty)
+            await self.look()
             await asyncio.sleep(POLL_SECONDS)
+
+    async def look(self) -> None:
+        """Take note of what was written since the last look."""
+        for casualty in await asyncio.to_thread(self._reader.read):
+            if casualty.attempt == self._attempt:
+                self._take_leave(casualty)
 
     def _take_leave(self, casualty: Casualty) -> None:
         sentence, done = casualty.sentence, casualty.done
