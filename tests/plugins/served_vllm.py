@@ -27,7 +27,7 @@ from prl.messages import Stop
 from prl.providers import EngineClient
 from prl.rollout.tokenizer import load as load_tokenizer
 from prl.run_dir import RunDir
-from prl.train.export import Exporter
+from prl.train.export import Exporter, Shares
 from prl.types import Completion, Manifest, Sampling
 from prl.weights.engines import main
 from prl_vllm import release
@@ -69,10 +69,12 @@ class Trainer:
         run, provider = composition.run, composition.provider(composition.run.model)
         self.vocab_size = load_tokenizer(run.tokenizer, provider.special_tokens).vocab_size  # type: ignore[attr-defined]
         self.model: nn.Module = randomise(composition.build(run.model, self.vocab_size), seed=1)  # type: ignore[arg-type]
-        self.sender = composition.load(composition.provider(run.weights).send)(run.weights, run_dir.path)  # type: ignore[attr-defined]
+        self.sender = composition.load(composition.provider(run.weights).send)(run.weights, run_dir.path, 0)  # type: ignore[attr-defined]
         self._exporter = Exporter(
-            model=self.model,
-            weight_map=composition.load(provider.weights)(run.model, self.vocab_size),  # type: ignore[attr-defined]
+            shares=Shares(
+                model=self.model,
+                weight_map=composition.load(provider.weights)(run.model, self.vocab_size),  # type: ignore[attr-defined]
+            ),
             number_format=composition.build(run.quantization),
             sender=self.sender,
             float32=provider.float32,  # type: ignore[attr-defined]
@@ -83,9 +85,7 @@ class Trainer:
         randomise(self.model, seed)  # type: ignore[arg-type]
 
     def send(self, version: int) -> Manifest:
-        manifest = self._exporter.publish(version)
-        assert manifest is not None
-        return manifest
+        return self._exporter.publish(version)
 
     @torch.no_grad()
     def logprobs(

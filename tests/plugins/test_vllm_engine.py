@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import attrs
@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 from prl.errors import InfrastructureError
-from prl.types import Manifest, Sampling, StopReason
+from prl.types import Manifest, Sampling, StopReason, TensorRecord
 
 from tests.plugins.served_vllm import Served, k3, needs_vllm, serving
 
@@ -147,7 +147,7 @@ def test_versions_that_were_not_prepared_or_are_older_are_refused(engine: Served
 
 
 def damaged(manifest: Manifest) -> Manifest:
-    path = Path(manifest.location)
+    path = Path(manifest.parts[0].location)
     content = bytearray(path.read_bytes())
     content[-3] ^= 0x40
     path.write_bytes(content)
@@ -155,27 +155,32 @@ def damaged(manifest: Manifest) -> Manifest:
 
 
 def truncated(manifest: Manifest) -> Manifest:
-    path = Path(manifest.location)
+    path = Path(manifest.parts[0].location)
     path.write_bytes(path.read_bytes()[:-64])
     return manifest
 
 
+def with_records(manifest: Manifest, records: Iterable[TensorRecord]) -> Manifest:
+    (part,) = manifest.parts
+    return attrs.evolve(manifest, parts=(attrs.evolve(part, tensors=tuple(records)),))
+
+
 def incomplete(manifest: Manifest) -> Manifest:
-    return attrs.evolve(manifest, tensors=tuple(t for t in manifest.tensors if t.name != "model.norm.weight"))
+    return with_records(manifest, (t for t in manifest.tensors if t.name != "model.norm.weight"))
 
 
 def misshapen(manifest: Manifest) -> Manifest:
     records = (attrs.evolve(t, shape=(2, 64)) if t.name == "model.norm.weight" else t for t in manifest.tensors)
-    return attrs.evolve(manifest, tensors=tuple(records))
+    return with_records(manifest, records)
 
 
 def swollen(manifest: Manifest) -> Manifest:
     extra = attrs.evolve(manifest.tensors[0], name="model.other.weight")
-    return attrs.evolve(manifest, tensors=(*manifest.tensors, extra))
+    return with_records(manifest, (*manifest.tensors, extra))
 
 
 def absent(manifest: Manifest) -> Manifest:
-    Path(manifest.location).unlink()
+    Path(manifest.parts[0].location).unlink()
     return manifest
 
 

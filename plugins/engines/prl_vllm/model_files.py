@@ -97,7 +97,7 @@ def _dense(hf_config: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 def check(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
     """InfrastructureError names what a version lacks, or has in another shape, or has too much."""
-    what = f"version {manifest.version} at {manifest.location}"
+    what = f"version {manifest.version} at {manifest.where}"
     sent = {record.name: record.shape for record in manifest.tensors}
     for name, shape in shapes.items():
         if name not in sent:

@@ -16,7 +16,7 @@ import attrs
 from prl.compose.compose import open_run
 from prl.providers import WeightReceiver
 from prl.run_dir import RunDir
-from prl.types import Manifest, TensorRecord
+from prl.types import Manifest, TensorRecord, WeightPart
 from torch import Tensor
 
 from prl_vllm.inside import PROTOCOL
@@ -108,8 +108,12 @@ def _receiver(worker: dict[str, Any], run_dir: str) -> WeightReceiver:
 
 
 def _manifest(fields: Mapping[str, Any]) -> Manifest:
+    return Manifest(version=fields["version"], parts=tuple(_part(part) for part in fields["parts"]))
+
+
+def _part(fields: Mapping[str, Any]) -> WeightPart:
     records = tuple(TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["tensors"])
-    return Manifest(**{**fields, "tensors": records})
+    return WeightPart(location=fields["location"], tensors=records)
 
 
 def _fetch(staged: Staged, receiver: WeightReceiver, manifest: Manifest) -> None:
