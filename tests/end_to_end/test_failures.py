@@ -41,7 +41,7 @@ TORN = """
             )
         ]
 
-    def send(config, run_dir):
+    def send(config, run_dir, rank):
         from prl_disk.files import DiskSender
 
         class TornSender(DiskSender):
@@ -50,14 +50,14 @@ TORN = """
                 once = run_dir / "torn"
                 if version == config.version and not once.exists():
                     once.touch()
-                    with open(manifest.location, "r+b") as file:
+                    with open(manifest.parts[0].location, "r+b") as file:
                         file.seek(-1, os.SEEK_END)
                         last = file.read(1)[0]
                         file.seek(-1, os.SEEK_END)
                         file.write(bytes([last ^ 1]))
                 return manifest
 
-        return TornSender(run_dir / "weights")
+        return TornSender(run_dir / "weights", rank)
 
     def receive(config, run_dir):
         from prl_disk.files import DiskReceiver

@@ -218,7 +218,7 @@ def test_weights_are_read_from_where_weights_lie(target, location):
 )
 def test_a_record_that_contradicts_itself_is_refused(target, change):
     tensors = (attrs.evolve(target.manifest.tensors[0], **change), *target.manifest.tensors[1:])
-    fields = _plain(attrs.evolve(target.manifest, tensors=tensors))
+    fields = _plain(attrs.evolve(target.manifest, parts=(attrs.evolve(target.manifest.parts[0], tensors=tensors),)))
     status, sentence = target.run(target.post("/weights/prepare", _as_json(fields)))
     assert status in (400, 422)
     assert sentence

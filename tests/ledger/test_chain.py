@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 import pytest
 from prl.ledger.chain import batch_digest, link, manifest_digest
-from prl.types import Batch, ColumnReference
+from prl.types import Batch, ColumnReference, TensorRecord, WeightPart
 
 from tests.ledger.histories import Script, weights
 
@@ -59,12 +59,15 @@ def test_streams_steps_ranks_and_references_count() -> None:
 def test_weights_count_by_name_and_checksum_and_not_by_place() -> None:
     source = weights(3)
     first, second = source.tensors
-    assert manifest_digest(attrs.evolve(source, tensors=(second, attrs.evolve(first, offset=640)))) == manifest_digest(
-        attrs.evolve(source, location="elsewhere")
-    )
-    assert manifest_digest(attrs.evolve(source, tensors=(attrs.evolve(first, checksum=1), second))) != manifest_digest(
-        source
-    )
+
+    def sent(*parts: tuple[TensorRecord, ...]) -> str:
+        located = (WeightPart(location=f"rank {rank}", tensors=part) for rank, part in enumerate(parts))
+        return manifest_digest(attrs.evolve(source, parts=tuple(located)))
+
+    expected = manifest_digest(source)
+    assert sent((second, attrs.evolve(first, offset=640))) == expected
+    assert sent((second,), (first,)) == expected
+    assert sent((attrs.evolve(first, checksum=1), second)) != expected
     assert manifest_digest(None) == ""
 
 

@@ -77,7 +77,9 @@ def damaged(engine: Served) -> Manifest:
 
 def incomplete(engine: Served) -> Manifest:
     manifest = engine.write(1, tiny_model(1))
-    return attrs.evolve(manifest, tensors=tuple(t for t in manifest.tensors if t.name != "norm.weight"))
+    (part,) = manifest.parts
+    kept = tuple(tensor for tensor in part.tensors if tensor.name != "norm.weight")
+    return attrs.evolve(manifest, parts=(attrs.evolve(part, tensors=kept),))
 
 
 def misshapen(engine: Served) -> Manifest:

@@ -259,8 +259,10 @@ class Wrong(FakeTrainer):
         done = super()._done(order, publishes=publishes)
         if done.manifest is None or done.step != 7:
             return done
-        (tensor,) = done.manifest.tensors
-        other = attrs.evolve(done.manifest, tensors=(attrs.evolve(tensor, checksum=tensor.checksum + 1),))
+        (part,) = done.manifest.parts
+        (tensor,) = part.tensors
+        spoilt = attrs.evolve(part, tensors=(attrs.evolve(tensor, checksum=tensor.checksum + 1),))
+        other = attrs.evolve(done.manifest, parts=(spoilt,))
         return attrs.evolve(done, manifest=other)
 
 
