@@ -27,7 +27,7 @@ from prl.blocks import precision
 from prl.blocks.context import Context
 from prl.blocks.decoder import Decoder
 from prl.blocks.routing import Replay, RouteLog
-from prl.routes import Routing
+from prl.compose.routing import Routing
 from prl.types import Completion, Sampling
 from prl_glm5 import Glm51Config
 from prl_glm5 import network as glm5

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from prl.columns import ColumnFolder
 from prl.compose.compose import compose
+from prl.compose.routing import Routing, replayed
 from prl.errors import ConfigError, InfrastructureError
-from prl.routes import EXPERTS, VERSIONS, RouteRecord, Routing, checked, replayed, store
+from prl.routes import EXPERTS, VERSIONS, RouteRecord, checked, store
 from prl.types import Routes
 
 ROUTING = Routing(layers=("layers.1", "layers.3"), experts=8, experts_per_token=2)
@@ -32,7 +33,7 @@ def routes(count: int = 4, *, start: int = 0, version: int = 0, **changes: Any) 
 
 
 def test_numbers_of_experts_take_a_byte_up_to_256() -> None:
-    widths = {count: attrs.evolve(ROUTING, experts=count).dtype.name for count in (8, 256, 257, 512)}
+    widths = {count: attrs.evolve(ROUTING, experts=count).dtype for count in (8, 256, 257, 512)}
     assert widths == {8: "uint8", 256: "uint8", 257: "uint16", 512: "uint16"}
 
 
@@ -130,7 +131,7 @@ def test_full_sizes_route_where_their_checkpoints_do(
     composition = compose(SPELL, plugins=plugin, overrides=[f"model.type={model}", "model.size=full"])
     routing = replayed(composition)
     assert routing is not None
-    assert (routing.dtype.name, routing.row) == (dtype, row)
+    assert (routing.dtype, routing.row) == (dtype, row)
     if layers is not None:
         assert routing.indices == tuple(layers)
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from prl.compose.routing import Routing
 from prl.dispatch.metrics import token_metrics
 from prl.dispatch.record import rollout_lines
 from prl.dispatch.verify import verify_group, verify_samples
 from prl.errors import InfrastructureError
-from prl.routes import Routing
 from prl.score.credit import score
 from prl.score.pack import pack
 from prl.types import ColumnReference, Failure, Group, Sample, StopReason, TaskRef, Turn

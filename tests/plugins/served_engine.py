@@ -11,8 +11,8 @@ from typing import Any
 
 import attrs
 from prl.blocks.decoder import Decoder
+from prl.compose.routing import Routing
 from prl.errors import UserError
-from prl.routes import Routing
 from prl.types import Manifest, Message
 from prl_disk import DiskConfig
 from prl_disk.files import receive, send

@@ -12,7 +12,8 @@ import torch
 from prl.blocks.context import Context
 from prl.blocks.decoder import Decoder
 from prl.blocks.routing import RouteLog
-from prl.routes import RouteRecord, Routing, checked
+from prl.compose.routing import Routing
+from prl.routes import RouteRecord, checked
 from prl.types import Completion, Sampling
 from prl_kimi_k2 import KimiK27Config
 from prl_kimi_k2 import network as kimi

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from prl.columns import ColumnFolder
 from prl.compose.config import EngineConfig, ModelConfig
+from prl.compose.routing import Routing
 from prl.dispatch.verify import verify_group
 from prl.messages import RunGroup
 from prl.rollout.conversation import Conversation
 from prl.rollout.runner import GroupRunner
-from prl.routes import EXPERTS, VERSIONS, Routing
+from prl.routes import EXPERTS, VERSIONS
 from prl.types import Completion, Group, Routes, Sampling, Split, Task, TaskRef
 
 ROUTING = Routing(layers=("layers.1", "layers.4"), experts=8, experts_per_token=2)

@@ -12,9 +12,10 @@ import torch
 from prl.blocks.context import Context
 from prl.blocks.routing import RouteLog
 from prl.columns import ColumnFolder
+from prl.compose.routing import Routing
 from prl.dispatch.metrics import trainer_metrics
 from prl.messages import StepDone
-from prl.routes import Routing, store
+from prl.routes import store
 from prl.score.pack import pack
 from prl.train.routes import RouteReader
 from prl.types import Batch, Sample

@@ -18,8 +18,7 @@ from typing import Any
 
 import attrs
 
-from prl import routes
-from prl.compose import checks, layers, limits, lock, toml
+from prl.compose import checks, layers, limits, lock, routing, toml
 from prl.compose.config import SECTION_KINDS, Run
 from prl.compose.convert import ExplainUnknown, StructureError, structure, unstructure
 from prl.compose.discover import InstalledPlugin, closest, did_you_mean, installed
@@ -107,7 +106,7 @@ def compose(source: Path, *, plugins: str = "", overrides: Sequence[str] = (), p
         problems += [Problem("", f"{sentence} (plugin {plugin!r})") for plugin, sentence in hooks.validate(run)]
         problems += _not_here(run, registry, known) if probe else []
         composition = Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
-        problems += [*checks.kernels(run, registry), *routes.problems(composition)]
+        problems += [*checks.kernels(run, registry), *routing.problems(composition)]
     _refuse(str(source), failures, problems)
     return composition
 

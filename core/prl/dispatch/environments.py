@@ -12,11 +12,11 @@ from typing import Protocol
 
 import attrs
 
+from prl.compose.routing import Routing
 from prl.dispatch.change import Change
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.dispatch.verify import verify_group, verify_samples
 from prl.messages import Demonstrate, Demonstrations, GroupDone, RunGroup
-from prl.routes import Routing
 from prl.types import Group, Sample, TaskRef
 
 

@@ -16,6 +16,7 @@ import attrs
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.origin import identity
+from prl.compose.routing import replayed
 from prl.dispatch import checkpoint
 from prl.dispatch.batches import BatchFormer
 from prl.dispatch.casualties import Survivors
@@ -40,7 +41,6 @@ from prl.messages import Hello, Role, RunGroup
 from prl.providers import Engine as EngineProvider
 from prl.providers import EngineClient, RolloutScheduler
 from prl.rollout.runner import GroupRunner, environment_names
-from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.score.credit_state import CreditState
 from prl.supervise.casualties import condemn

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from prl.compose.routing import Routing
 from prl.errors import InfrastructureError
 from prl.messages import RunGroup
-from prl.routes import Routing, suits
+from prl.routes import suits
 from prl.types import Group, Rollout, Sample
 
 _DEEPEST = 32

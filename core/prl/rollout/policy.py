@@ -13,9 +13,10 @@ from typing import TypeAlias
 
 import attrs
 
+from prl.compose.routing import Routing
 from prl.errors import InfrastructureError
 from prl.providers import EngineClient
-from prl.routes import Routing, checked
+from prl.routes import checked
 from prl.types import Completion, Sampling, StopReason
 
 Connect: TypeAlias = Callable[[str, str], EngineClient]

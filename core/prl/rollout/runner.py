@@ -21,13 +21,14 @@ import numpy as np
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
+from prl.compose.routing import replayed
 from prl.errors import InfrastructureError, PrlError, UserError
 from prl.messages import RunGroup
 from prl.providers import Engine, Env, Environment, Model, Renderer, Score
 from prl.rollout.conversation import Conversation, ConversationOver, Opening
 from prl.rollout.policy import EngineError, Policy, Siblings
 from prl.rollout.tokenizer import load
-from prl.routes import replayed, store
+from prl.routes import store
 from prl.types import Failure, Group, Rollout, Sample, Split, Task, TaskRef, as_tokens
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from torch import Tensor
 from prl.blocks.context import SharedPrefixes
 from prl.blocks.routing import Replay, RouteLog
 from prl.columns import ColumnFolder
+from prl.compose.routing import Routing
 from prl.errors import InfrastructureError
-from prl.routes import EXPERTS, VERSIONS, Routing, suits
+from prl.routes import EXPERTS, VERSIONS, suits
 from prl.train.rows import Rows
 from prl.types import Bool, Int32, MicroBatch, Pieces
 

@@ -27,11 +27,11 @@ from prl.blocks.precision import cast
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
+from prl.compose.routing import replayed
 from prl.errors import PrlError, RunError, is_final
 from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
-from prl.routes import replayed
 from prl.run_dir import RunDir
 from prl.train import layers
 from prl.train.checkpoint import TrainerState

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from prl.blocks.context import Context
 from prl.blocks.routing import RouteLog
-from prl.routes import Routing
+from prl.compose.routing import Routing
 from prl.types import Routes
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class RouteTable:
     def __init__(self, routing: Routing, *, count: int, length: int, device: torch.device) -> None:
         self._routing = routing
         # torch computes with few unsigned types: the bytes of uint16 are kept as int16.
-        dtype = torch.uint8 if routing.dtype == np.uint8 else torch.int16
+        dtype = torch.uint8 if routing.dtype == "uint8" else torch.int16
         self._experts = torch.zeros(count, length, *routing.row, dtype=dtype, device=device)
         self._versions = torch.full((count, length), -1, dtype=torch.int32, device=device)
         self.version = -1

@@ -19,8 +19,8 @@ import torch
 from prl.blocks import invariance
 from prl.blocks.context import Context
 from prl.blocks.linear import linear
+from prl.compose.routing import Routing
 from prl.providers import LanguageModel
-from prl.routes import Routing
 from prl.types import Completion, StopReason, as_tokens
 from torch import Tensor
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from prl.routes import replayed
+from prl.compose.routing import replayed
 
 from prl_torch_engine import TorchEngineConfig
 from prl_torch_engine.chat import ChatEndpoint

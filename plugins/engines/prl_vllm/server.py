@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from prl.compose.routing import replayed
 from prl.errors import InfrastructureError
-from prl.routes import replayed
 from prl_torch_engine.server import application, listening
 
 from prl_vllm import arguments as vllm

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import attrs
+from prl.compose.routing import Routing
 from prl.errors import UserError
 from prl.providers import Limit
-from prl.routes import Routing
 
 from prl_nemotron3 import NanoConfig, NemotronConfig, SuperConfig, UltraConfig, published
 

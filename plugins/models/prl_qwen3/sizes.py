@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from prl.compose.routing import Routing
 from prl.errors import UserError
 from prl.providers import Limit
-from prl.routes import Routing
 
 from prl_qwen3 import Qwen3Config
 

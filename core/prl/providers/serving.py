@@ -1,0 +1,89 @@
+"""What generates: inference engines, and how weights reach them. See `prl.providers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+from prl.providers.provider import Provider, Ref
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prl.types import Completion, Manifest, Sampling
+
+
+@attrs.frozen(kw_only=True)
+class Engine(Provider):
+    """An inference engine: a server process and the client the others talk to it with."""
+
+    serve: Ref
+    """engine process: `async (EngineContext) -> None`; runs until cancelled. See `prl.weights.engines`."""
+    connect: Ref
+    """environment workers and controller: `(url, token) -> EngineClient`"""
+    reports_routes: bool = False
+    """It can say which experts tokens were sent to (`routes_from`)."""
+
+
+class EngineClient(Protocol):
+    """Async client of one engine. Every method raises InfrastructureError when the engine cannot answer."""
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routes_from: int | None = None,
+    ) -> list[Completion]:
+        """`n` continuations of prompt; `session` lets a later turn find its cache. Cancelling the task aborts it.
+
+        With `routes_from` each says which experts its tokens were sent to, from that token of the prompt on. Rows may
+        be missing: what is not known is not replayed.
+        """
+
+    async def prepare(self, manifest: Manifest) -> None:
+        """Fetch and verify a version beside the one being served."""
+
+    async def commit(self, version: int) -> None:
+        """Pause between two tokens, swap to a prepared version, resume with every request kept. Idempotent."""
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def statistics(self) -> Mapping[str, float]:
+        """At least `version`, `running`, `waiting`, `generated_tokens` (total), `busy_seconds` (total)."""
+
+    async def aclose(self) -> None: ...
+
+
+@attrs.frozen(kw_only=True)
+class WeightTransport(Provider):
+    """How the bytes of a version travel from trainer to engine."""
+
+    send: Ref
+    """trainer: `(config, run_dir: Path, rank: int) -> WeightSender`; every rank has one and sends tensors of its own"""
+    receive: Ref
+    """engine: `(config, run_dir: Path) -> WeightReceiver`"""
+
+
+class WeightSender(Protocol):
+    def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
+        """Write every tensor of this rank once; when it returns, any engine can fetch them. The part's manifest."""
+
+    def retire(self, version: int) -> None:
+        """No engine will ask for this version again: free it. Idempotent."""
+
+    def close(self) -> None: ...
+
+
+class WeightReceiver(Protocol):
+    def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of every part, verified; InfrastructureError names the tensor whose checksum differs."""
+
+    def close(self) -> None: ...
