@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import aiohttp
 import attrs
@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 import torch
 from prl.blocks.context import Context
+from prl.blocks.form import Form
 from prl.blocks.linear import linear
 from prl.blocks.routing import RouteLog
 from prl.compose.compose import Composition, compose, create_run
 from prl.dispatch.hub import Hub
 from prl.messages import Stop
-from prl.providers import EngineClient
+from prl.providers import EngineClient, Model
 from prl.rollout.tokenizer import load as load_tokenizer
 from prl.run_dir import RunDir
-from prl.train.export import Exporter, Shares
 from prl.types import Completion, Manifest, Sampling
 from prl.weights.engines import main
 from prl_vllm import release
-from torch import nn
+from torch import Tensor, nn
 
 from tests.plugins.parity import randomise
 
@@ -70,22 +70,20 @@ class Trainer:
         self.vocab_size = load_tokenizer(run.tokenizer, provider.special_tokens).vocab_size  # type: ignore[attr-defined]
         self.model: nn.Module = randomise(composition.build(run.model, self.vocab_size), seed=1)  # type: ignore[arg-type]
         self.sender = composition.load(composition.provider(run.weights).send)(run.weights, run_dir.path, 0)  # type: ignore[attr-defined]
-        self._exporter = Exporter(
-            shares=Shares(
-                model=self.model,
-                weight_map=composition.load(provider.weights)(run.model, self.vocab_size),  # type: ignore[attr-defined]
-            ),
-            number_format=composition.build(run.quantization),
-            sender=self.sender,
-            float32=provider.float32,  # type: ignore[attr-defined]
-            unquantized=provider.unquantized,  # type: ignore[attr-defined]
-        )
+        self._weight_map = composition.load(provider.weights)(run.model, self.vocab_size)  # type: ignore[attr-defined]
+        self._form = Form.of_family(cast(Model, provider), composition.build(run.quantization))
 
     def change(self, seed: int) -> None:
         randomise(self.model, seed)  # type: ignore[arg-type]
 
     def send(self, version: int) -> Manifest:
-        return self._exporter.publish(version)
+        manifest: Manifest = self.sender.send(version, self._tensors())
+        return manifest
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.model.state_dict().items():
+            for published, part in self._weight_map.to_hf(name, tensor):
+                yield from self._form.apply(published, part)
 
     @torch.no_grad()
     def logprobs(

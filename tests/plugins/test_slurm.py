@@ -13,7 +13,7 @@ from prl.compose.compose import compose
 from prl.compose.plan import LaunchPlan, NodeGroup, Process, plan
 from prl.errors import ConfigError, InfrastructureError, UserError
 from prl.run_dir import RunDir
-from prl_slurm import ContainerSection, NodesSection, SlurmConfig, script
+from prl_slurm import ContainerSection, NodesSection, SlurmConfig, commands, script
 from prl_slurm.allocation import Nodes, Place, requests
 from prl_slurm.preflight import Probe, unreachable
 from prl_slurm.steps import Job, Step, command
@@ -231,6 +231,22 @@ def test_a_process_sees_its_own_of_the_jobs_devices(
     environment = {"CUDA_VISIBLE_DEVICES": visible, "SLURMD_NODENAME": "node9"}
     assert choose(environment, first, count) == refused
     assert environment["CUDA_VISIBLE_DEVICES"] == left
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        ({"SLURM_JOB_ID": "12", "SLURM_HET_JOB_ID": "11"}, "11"),
+        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3"),
+    ],
+)
+def test_a_job_names_itself_and_no_other(monkeypatch: pytest.MonkeyPatch, told: dict[str, str], name: str) -> None:
+    for key, value in ({"SLURM_JOB_NODELIST": ""} | told).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(commands, "hostnames", lambda listed: ["a"])
+    job = Job.ours()
+    assert (job.id, job.ids, job.components) == (name, name, (("a",),))
 
 
 # --- what nodes say ---------------------------------------------------------------------------------------------------

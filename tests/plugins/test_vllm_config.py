@@ -15,6 +15,16 @@ from prl_vllm.config import VllmConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "spell_backward.toml"
+
+
+@attrs.frozen(kw_only=True)
+class Served:
+    dtype: str = "float32"
+    latent: bool = False
+    recurrent: bool = False
+
+
+DENSE = Served()
 needs_names = pytest.mark.skipif(release.installed() is None, reason="names are those of the installed vLLM")
 
 
@@ -64,7 +74,7 @@ def test_options_become_the_command_line() -> None:
     run = composed("engine.sequences=8", "engine.prefix_caching=false").run
     config = attrs.evolve(run.engine, options={"max_num_batched_tokens": 512, "compilation_config": {"mode": 0}})
     assert isinstance(config, VllmConfig)
-    words = list(command_line(arguments(run, config, model=Path("m"), dtype="float32", cpu=True)))
+    words = list(command_line(arguments(run, config, DENSE, model=Path("m"), cpu=True)))
     pairs = dict(zip(words, [*words[1:], ""], strict=True))
     assert pairs["--max-num-seqs"] == "8"
     assert pairs["--max-model-len"] == "96"
@@ -78,9 +88,23 @@ def test_options_become_the_command_line() -> None:
 def test_on_gpus_vllm_chooses_its_cache_and_compiles() -> None:
     run = composed().run
     assert isinstance(run.engine, VllmConfig)
-    words = set(command_line(arguments(run, run.engine, model=Path("m"), dtype="bfloat16", cpu=False)))
+    words = set(command_line(arguments(run, run.engine, DENSE, model=Path("m"), cpu=False)))
     assert not words & {"--kv-cache-memory-bytes", "--enforce-eager"}
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(run.engine, cpu=False)
+
+
+def test_what_the_cpu_backend_lacks_is_not_asked_of_it() -> None:
+    run = composed().run
+    assert isinstance(run.engine, VllmConfig)
+
+    def chosen(served: Served, *, cpu: bool) -> tuple[object, object]:
+        values = arguments(run, run.engine, served, model=Path("m"), cpu=cpu)  # type: ignore[arg-type]
+        return values.get("attention_backend"), values["enable_prefix_caching"]
+
+    assert chosen(Served(latent=True), cpu=True) == ("CPU_MLA", True)
+    assert chosen(Served(latent=True, dtype="bfloat16"), cpu=True) == (None, True)
+    assert chosen(Served(recurrent=True), cpu=True) == (None, False)
+    assert chosen(Served(latent=True, recurrent=True), cpu=False) == (None, True)
 
 
 def test_the_environment_of_the_config_comes_last() -> None:
@@ -144,7 +168,7 @@ def test_an_engine_of_eight_gpus_becomes_one_command_line(
     ).run
     assert isinstance(run.engine, VllmConfig)
     assert run.engine.count * run.engine.gpus == gpus
-    words = list(command_line(arguments(run, run.engine, model=Path("m"), dtype="bfloat16", cpu=False)))
+    words = list(command_line(arguments(run, run.engine, DENSE, model=Path("m"), cpu=False)))
     pairs = dict(zip(words, [*words[1:], ""], strict=True))
     assert (pairs["--tensor-parallel-size"], pairs["--data-parallel-size"]) == ("1", "8")
     assert pairs["--all2all-backend"] == "allgather_reducescatter"

@@ -160,23 +160,23 @@ def truncated(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def with_records(manifest: Manifest, records: Iterable[TensorRecord]) -> Manifest:
+def with_tensors(manifest: Manifest, tensors: Iterable[TensorRecord]) -> Manifest:
     (part,) = manifest.parts
-    return attrs.evolve(manifest, parts=(attrs.evolve(part, tensors=tuple(records)),))
+    return attrs.evolve(manifest, parts=(attrs.evolve(part, tensors=tuple(tensors)),))
 
 
 def incomplete(manifest: Manifest) -> Manifest:
-    return with_records(manifest, (t for t in manifest.tensors if t.name != "model.norm.weight"))
+    return with_tensors(manifest, (t for t in manifest.tensors if t.name != "model.norm.weight"))
 
 
 def misshapen(manifest: Manifest) -> Manifest:
     records = (attrs.evolve(t, shape=(2, 64)) if t.name == "model.norm.weight" else t for t in manifest.tensors)
-    return with_records(manifest, records)
+    return with_tensors(manifest, records)
 
 
 def swollen(manifest: Manifest) -> Manifest:
     extra = attrs.evolve(manifest.tensors[0], name="model.other.weight")
-    return with_records(manifest, (*manifest.tensors, extra))
+    return with_tensors(manifest, (*manifest.tensors, extra))
 
 
 def absent(manifest: Manifest) -> Manifest:

@@ -9,6 +9,8 @@ Whoever supervises the run starts the successor (`prl.supervise`). Knows nothing
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -33,6 +35,8 @@ class Casualties:
 
     def __init__(self, run_dir: RunDir, hub: Hub, ledger: Ledger) -> None:
         self._reader = Reader(run_dir)
+        self._lock = threading.Lock()
+        self._news: deque[Casualty] = deque()
         self._attempt = max(run_dir.attempts(), default=1)
         self._hub = hub
         self._ledger = ledger
@@ -41,10 +45,21 @@ class Casualties:
 
     async def run(self) -> None:
         while True:
-            for casualty in await asyncio.to_thread(self._reader.read):
-                if casualty.attempt == self._attempt:
-                    self._take_leave(casualty)
+            await self.look()
             await asyncio.sleep(POLL_SECONDS)
+
+    async def look(self) -> None:
+        """Take note of what was written since the last look."""
+        await asyncio.to_thread(self._read)
+        while self._news:
+            casualty = self._news.popleft()
+            if casualty.attempt == self._attempt:
+                self._take_leave(casualty)
+
+    def _read(self) -> None:
+        """In a thread. One whose waiting task was cancelled goes on, and leaves its news to the next."""
+        with self._lock:
+            self._news.extend(self._reader.read())
 
     def _take_leave(self, casualty: Casualty) -> None:
         sentence, done = casualty.sentence, casualty.done

@@ -140,7 +140,8 @@ class Controller:
         resources.push_async_callback(dismiss, hub)
         async with asyncio.TaskGroup() as loops:
             casualties = Casualties(self._run_dir, hub, self._ledger)
-            started = (hub.serve(), self._state.run(), self._watch_stop(), self._ledger.run(), casualties.run())
+            watching = loops.create_task(casualties.run())
+            started = (hub.serve(), self._state.run(), self._watch_stop(), self._ledger.run())
             background = [loops.create_task(loop) for loop in started]
             writer = loops.create_task(self._reporter.run())
             telling = loops.create_task(self._trackers.run())
@@ -154,6 +155,8 @@ class Controller:
             await writer
             self._trackers.close()
             await telling
+            watching.cancel()
+            await casualties.look()
             await self._ledger.settled()
             for loop in background:
                 loop.cancel()

@@ -147,7 +147,7 @@ def memory(
     chosen = row * scored // tokens  # hidden states of the scored tokens, copied together
     phases = {
         "forward": static + kept + units.gathered + max(f.forward_peak - f.saved for f in layers),
-        "head": static + kept + row + chosen + head.backward_peak + units.head_gradient,
+        "head": static + kept + row + chosen + max(head.forward_peak, head.backward_peak + units.head_gradient),
         "backward": static
         + units.gathered
         + units.gradients

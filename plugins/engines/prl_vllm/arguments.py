@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prl.compose.config import Run
 
@@ -17,18 +17,31 @@ CPU_KV_CACHE_BYTES = 256 << 20
 EXTENSION = "prl_vllm.inside.worker.Extension"
 
 
+class ServedModel(Protocol):
+    """What matters of the model (`model_files.Described`)."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def latent(self) -> bool: ...
+
+    @property
+    def recurrent(self) -> bool: ...
+
+
 def arguments(
-    run: Run, config: VllmConfig, *, model: Path, dtype: str, cpu: bool, latent: bool = False, routes: bool = False
+    run: Run, config: VllmConfig, served: ServedModel, *, model: Path, cpu: bool, routes: bool = False
 ) -> dict[str, Any]:
     """Python name -> value of every argument but the address; `engine.options` may override defaults, not decisions.
 
-    `latent`: the model has multi-head latent attention. `routes`: expert choices are reported.
+    `routes`: expert choices are reported.
     """
     kv_cache = config.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else 0)
     return {
         **({"enforce_eager": True} if cpu else {}),  # compilation takes longer than small runs do
         # On processors with AMX vLLM prefers a kernel that computes in bfloat16 alone, whatever the dtype.
-        **({"attention_backend": "CPU_MLA"} if cpu and latent and dtype == "float32" else {}),
+        **({"attention_backend": "CPU_MLA"} if cpu and served.latent and served.dtype == "float32" else {}),
         **_parallel(config.parallel),
         **_kv_tiers(config.kv_tiers),
         **({"quantization": "fp8"} if config.fp8.weights else {}),
@@ -38,11 +51,12 @@ def arguments(
         "model": str(model),
         "load_format": "dummy",  # the first version is published before anything is generated
         "skip_tokenizer_init": True,
-        "dtype": dtype,
+        "dtype": served.dtype,
         "seed": run.run.seed,
         "max_num_seqs": config.sequences,
         "max_model_len": config.length or run.rollouts.sequence_length,
-        "enable_prefix_caching": config.prefix_caching,
+        # On a CPU the states of recurrent layers that prefixes end in are looked for outside their table.
+        "enable_prefix_caching": config.prefix_caching and not (cpu and served.recurrent),
         **({"kv_cache_memory_bytes": kv_cache} if kv_cache else {}),
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,

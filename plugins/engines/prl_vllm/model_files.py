@@ -38,6 +38,11 @@ class Described:
         """Keys and values are kept as latents (MLA)."""
         return "kv_lora_rank" in self.hf_config
 
+    @property
+    def recurrent(self) -> bool:
+        """Some layers keep a state in the place of keys and values (Mamba-2)."""
+        return "ssm_state_size" in self.hf_config
+
 
 def describe(composition: Composition) -> Described:
     """From the config alone: the module is built without memory."""

@@ -81,9 +81,7 @@ async def _server(
     folder = context.run_dir.path / "engines" / str(context.index)
     model_files.write(described, folder, length=length, cpu=cpu)
     routes = replayed(context.composition) is not None
-    values = vllm.arguments(
-        run, config, model=folder, dtype=described.dtype, cpu=cpu, latent=described.latent, routes=routes
-    )
+    values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=routes)
     environment = vllm.environment(config, cpu=cpu, routes=routes)
     async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
         yield server.api, server.ended()

@@ -24,11 +24,11 @@ from prl.errors import InfrastructureError, PrlError, RunError
 from prl.run_dir import RunDir, read_json
 from prl.supervise.supervisor import supervise
 
-from prl_slurm import SlurmConfig, commands
+from prl_slurm import SlurmConfig, commands, steps
 from prl_slurm.allocation import Nodes
 from prl_slurm.preflight import examine
 from prl_slurm.spawn import NoNodeError, Spawner
-from prl_slurm.steps import Job
+from prl_slurm.steps import Job, Step
 
 GRACE_SECONDS = 20.0
 
@@ -70,10 +70,14 @@ class Turn:
         self._remember()
         self._preflight()
         spawner = Spawner(self._job, self._config, self._run_dir, self._nodes)
+        guards = self._guards()
         try:
             code = supervise(self._plan, spawner, grace=GRACE_SECONDS)
         except NoNodeError as error:
             return self._again(str(error))
+        finally:
+            for guard in guards:
+                guard.kill()
         if self._must_cut and self._status == "stopped":
             return self._again("the time of this turn is over")
         return code
@@ -89,6 +93,12 @@ class Turn:
         if not self._run_dir.stop.exists():  # somebody asked before: then it is the end
             self._must_cut = True
             self._run_dir.stop.touch()
+
+    def _guards(self) -> list[Step]:
+        """On two other nodes, for the node of this process may be lost, and one of theirs."""
+        first, *others = dict.fromkeys(host for component in self._job.components for host in component)
+        fit = [host for host in others if host not in self._nodes.lost]
+        return [steps.guard(self._job, self._config, host, first) for host in fit[-2:]]
 
     # --- before -------------------------------------------------------------------------------------------------------
     def _preflight(self) -> None:

@@ -50,8 +50,9 @@ def array(plans: Sequence[LaunchPlan], config: SlurmConfig, folder: Path) -> str
 
 def _script(plan: LaunchPlan, config: SlurmConfig, folder: Path, log: str, run: str, *more: str) -> str:
     name = config.job_name or folder.name
-    common = [*more, *_job_options(config, name, log)]
-    parts = ["\n".join(_lines([*_options(request, config), *common])) for request in requests(plan, config)]
+    asked = requests(plan, config)
+    common = [*more, *_job_options(config, name, log, lone=sum(request.nodes for request in asked) == 1)]
+    parts = ["\n".join(_lines([*_options(request, config), *common])) for request in asked]
     values = {
         "options": "\n#SBATCH hetjob\n".join(parts),
         "environment": environment(config),
@@ -116,7 +117,7 @@ def _options(request: Request, config: SlurmConfig) -> list[str]:
     return [*options, *(["--exclusive"] if config.exclusive else [])]
 
 
-def _job_options(config: SlurmConfig, name: str, log: str) -> list[str]:
+def _job_options(config: SlurmConfig, name: str, log: str, *, lone: bool) -> list[str]:
     """Of every component: sbatch wants the queue's questions answered for each."""
     given = {
         "job-name": name,
@@ -128,8 +129,9 @@ def _job_options(config: SlurmConfig, name: str, log: str) -> list[str]:
         "dependency": config.dependency,
     }
     options = [f"--{key}={value}" for key, value in given.items() if value]
-    # A lost node ends its own processes and no others; the log of a job that queues again goes on.
-    lives = ["--no-kill", "--requeue", "--open-mode=append", f"--signal=B:USR1@{config.cut_seconds}"]
+    # A lost node of several ends its own processes and no others; the log of a job that queues again goes on.
+    lives = [] if lone else ["--no-kill"]
+    lives += ["--requeue", "--open-mode=append", f"--signal=B:USR1@{config.cut_seconds}"]
     return [*options, f"--output={log}", f"--chdir={Path.cwd()}", *lives, *config.options]
 
 

@@ -40,7 +40,7 @@ class Job:
         size = int(os.environ.get("SLURM_HET_SIZE", "0"))
         names = [f"SLURM_JOB_NODELIST_HET_GROUP_{index}" for index in range(size)] or ["SLURM_JOB_NODELIST"]
         return cls(
-            id=os.environ.get("SLURM_HET_JOB_ID") or os.environ["SLURM_JOB_ID"],
+            id=_own_id(os.environ),
             components=tuple(tuple(commands.hostnames(os.environ[name])) for name in names),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
@@ -52,12 +52,21 @@ class Job:
     @property
     def ids(self) -> str:
         """Of every component, as squeue wants them."""
-        first = int(self.id)
-        return ",".join(str(first + index) for index in range(len(self.components)))
+        if not self.heterogeneous:
+            return self.id
+        return ",".join(str(int(self.id) + index) for index in range(len(self.components)))
 
     def where(self, host: str) -> int:
         """The component that has the host."""
         return next(index for index, hosts in enumerate(self.components) if host in hosts)
+
+
+def _own_id(environment: Mapping[str, str]) -> str:
+    """One element of an array must be named as such: the number of its last one means the whole array."""
+    array, element = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if array and element:
+        return f"{array}_{element}"
+    return environment.get("SLURM_HET_JOB_ID") or environment["SLURM_JOB_ID"]
 
 
 @attrs.frozen(kw_only=True)
@@ -121,13 +130,24 @@ def start(
     return Step(name=name, host=place.host, job=job, popen=popen)
 
 
+def guard(job: Job, config: SlurmConfig, host: str, watched: str) -> Step:
+    """Start `guard.py` on a node, outside any container: it speaks to Slurm."""
+    words = [*_srun(job, "guard", Place(host=host, component=job.where(host), first_gpu=0)), python(config)]
+    popen = subprocess.Popen([*words, "-m", "prl_slurm.guard", job.id, watched], stdin=subprocess.DEVNULL)
+    return Step(name="guard", host=host, job=job, popen=popen)
+
+
 def command(
     job: Job, config: SlurmConfig, run: Path, name: str, place: Place, argv: Sequence[str], *, gpus: int = 0
 ) -> list[str]:
-    """The srun of a step. It shares its node with the run's other steps: the plan has divided it already."""
-    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
-    shared = ["--overlap", "--mem=0", "--export=ALL", "--input=none"]
-    component = [f"--het-group={place.component}"] if job.heterogeneous else []
+    """The srun of a process of the run."""
     devices = [python(config), "-m", "prl_slurm.task", f"{place.first_gpu}:{gpus}"]
     inner = ["bash", str(run / "slurm" / "node.sh"), *devices, python(config), *argv[1:]]
-    return ["srun", *component, *step, *shared, *pyxis(config, run), *inner]
+    return [*_srun(job, name, place), *pyxis(config, run), *inner]
+
+
+def _srun(job: Job, name: str, place: Place) -> list[str]:
+    """A step of one task. It shares its node with the run's other steps: the plan has divided it already."""
+    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
+    component = [f"--het-group={place.component}"] if job.heterogeneous else []
+    return ["srun", *component, *step, "--overlap", "--mem=0", "--export=ALL", "--input=none"]

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import msgpack  # type: ignore[import-untyped]
+from prl import wire
 from prl.compose.compose import open_run
 from prl.providers import WeightReceiver
 from prl.run_dir import RunDir
-from prl.types import Manifest, TensorRecord, WeightPart
+from prl.types import Manifest
 from torch import Tensor
 
 from prl_vllm.inside import PROTOCOL
@@ -108,12 +110,9 @@ def _receiver(worker: dict[str, Any], run_dir: str) -> WeightReceiver:
 
 
 def _manifest(fields: Mapping[str, Any]) -> Manifest:
-    return Manifest(version=fields["version"], parts=tuple(_part(part) for part in fields["parts"]))
-
-
-def _part(fields: Mapping[str, Any]) -> WeightPart:
-    records = tuple(TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["tensors"])
-    return WeightPart(location=fields["location"], tensors=records)
+    """From JSON, as strictly as from any wire."""
+    manifest: Manifest = wire.decode([msgpack.packb([Manifest.__name__, fields])], (Manifest,))
+    return manifest
 
 
 def _fetch(staged: Staged, receiver: WeightReceiver, manifest: Manifest) -> None:
