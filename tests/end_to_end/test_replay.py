@@ -43,6 +43,7 @@ def stale(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def replayed(run_dir: RunDir, *words: str) -> tuple[int, dict[str, Any]]:
     """Exit code and report of `prl replay --json`."""
     done = prl("replay", str(run_dir.path), "--json", *words)
+    assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
