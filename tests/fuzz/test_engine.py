@@ -195,7 +195,7 @@ def test_a_manifest_that_lies_is_refused_and_the_served_weights_stay(target, dat
     "location", ["/dev/zero", "/etc/hostname", "/proc/self/mem", "../model.safetensors", "\0", "a" * 9999]
 )
 def test_weights_are_read_from_where_weights_lie(target, location):
-    manifest = attrs.evolve(target.manifest, location=location)
+    manifest = attrs.evolve(target.manifest, parts=(attrs.evolve(target.manifest.parts[0], location=location),))
     status, sentence = target.run(target.post("/weights/prepare", _as_json(_plain(manifest))))
     assert status == 422
     assert "version 0" in sentence
