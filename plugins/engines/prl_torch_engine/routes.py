@@ -6,7 +6,6 @@ Called by `rows.py`, `scheduler.py` and `batch.py`; exists only where the run re
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from prl.blocks.context import Context
 from prl.blocks.routing import RouteLog
