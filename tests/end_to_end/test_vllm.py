@@ -63,7 +63,7 @@ def test_a_server_that_is_killed_is_replaced_and_catches_up(tmp_path: Path) -> N
 
     config = tmp_path / "tiny.toml"
     config.write_text(TINY)
-    edits = ('engine.type="vllm"', "run.steps=8", "evaluation.every=0")
+    edits = ('engine.type="vllm"', "model.head_dim=32", "run.steps=8", "evaluation.every=0")
     with launched(config, tmp_path / "run", *edits, words=("--plugins", "vllm")) as run:
         run.until(lambda: len(run.rl_steps) >= 2, PATIENCE)
         (server,) = psutil.Process(run.pid("engine")).children()
