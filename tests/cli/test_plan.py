@@ -15,7 +15,7 @@ FULL = {"glm5_1": 743.9e9, "kimi_k2_7": 1026.4e9, "nemotron3_ultra": 549.3e9}
 
 def planned(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> dict:
     config = str(CONFIGS / f"{name}_swe_28xh200.toml")
-    assert main(["plan", config, "--engine-devices", "32", "--json", *arguments]) == 0
+    assert main(["plan", config, "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from prl.compose.config import RolloutSection
 from prl.dispatch.feed import Issue
+from prl.errors import RunError
 from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
 from prl.simulate.cluster import Cluster
 from prl.simulate.groups import SimulatedGroup
@@ -61,9 +62,14 @@ class Case:
         )
 
     def journal(self, build: Build) -> Journal:
-        """What a whole run decides."""
+        """What a whole run decides. A cluster so slow that every group runs into its timeout proves nothing."""
         journal = Journal()
-        self.simulation(build, journal).run()
+        try:
+            self.simulation(build, journal).run()
+        except RunError as error:
+            if "the last as 'timeout'" not in str(error):
+                raise
+            reject()
         return journal
 
 
