@@ -6,8 +6,9 @@
 One run of benchmarks/chaos.toml (two engines, two environment workers, two trainer ranks) under `prl launch`. A strike
 is a SIGKILL or a SIGSTOP to one process, both as often for every kind, in a seeded order, at a random moment after the
 run has trained an rl step that it never trained before; a second engine or environment worker may be struck before the
-first is back. The run recovers by itself and goes on to its last step. Then its ledger is read: a strike is over for an
-engine or environment worker when a group was placed on its successor, for the others when a step was trained again.
+first is back. The run recovers by itself. After the last strike it is stopped, and resumed for LAST more steps and an
+evaluation. Then its ledger is read: a strike is over for an engine or environment worker when a group was placed on its
+successor, for the others when a step was trained again.
 
 Results go to benchmarks/results/chaos.json.
 """
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import attrs
 from prl.run_dir import RunDir, read_json
@@ -44,6 +45,8 @@ ROLES = ("engine", "environment", "trainer-rank", "trainer", "controller")
 Kind: TypeAlias = tuple[str, signal.Signals]
 KINDS: tuple[Kind, ...] = tuple((role, number) for role in ROLES for number in (signal.SIGKILL, signal.SIGSTOP))
 PATIENCE = 300.0  # seconds without anything that was waited for
+WARMUP = 80  # steps of benchmarks/chaos.toml
+LAST = 20  # rl steps after the last strike
 REWARD = "def exact(completion: str, answer: str) -> float:\n    return float(completion == answer)\n"
 ALONE = ("engine", "environment")
 
@@ -76,7 +79,7 @@ class Chaos:
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     chaos = Chaos(folder=Path(folder), seed=0, edits=["run.steps=100"])
+        ...     chaos = Chaos(folder=Path(folder), seed=0)
         ...     code, strikes = chaos.run(2 * KINDS)
     """
 
@@ -96,24 +99,31 @@ class Chaos:
         return RunDir(self.folder / "run")
 
     def run(self, kinds: Sequence[Kind]) -> tuple[int, list[Strike]]:
-        """Launch, strike in a random order, wait for the end; exit code of `prl launch`, and what was struck."""
+        """Launch, strike in a random order, stop, and resume to the end; the last exit code, and what was struck."""
         order = self._random.sample(kinds, len(kinds))
         with (self.folder / "output").open("w+") as output:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", "prl", "launch", str(self._config()), *self._sets()],
-                cwd=self.folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=output,
-            )
+            self._start(output, "launch", str(self._config()), *self._sets())
             try:
                 struck = [self._strike(role, number) for role, number in order]
+                self._until_trained(1)
+                self.dir.stop.touch()
+                self._until(lambda: self._popen.poll() is not None)
+                self._start(output, "resume", str(self.dir.path), "--set", f"run.steps={self.steps + LAST}")
                 self._until(lambda: self._popen.poll() is not None)
             finally:
                 self._end()
                 output.seek(0)
                 self.output = output.read()
         return self._popen.returncode, struck
+
+    def _start(self, output: IO[str], *words: str) -> None:
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "prl", *words],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
 
     def _config(self) -> Path:
         letters = "abcdefgh"
@@ -125,7 +135,7 @@ class Chaos:
         return ROOT / "benchmarks" / "chaos.toml"
 
     def _sets(self) -> Iterator[str]:
-        for edit in (f"run.dir={self.dir.path}", *self.edits):
+        for edit in (f"run.dir={self.dir.path}", "run.steps=1000000", *self.edits):
             yield from ("--set", edit)
 
     def _end(self) -> None:
@@ -137,9 +147,7 @@ class Chaos:
     # --- strikes --------------------------------------------------------------------------------------------------
     def _strike(self, role: str, number: signal.Signals) -> Strike:
         """Wait until something new was trained, and then a little; strike, if anybody of that role is there."""
-        mark = self.newest_step
-        more = self._random.randint(0, 2)
-        self._until(lambda: self.newest_step > mark + more)
+        self._until_trained(1 + self._random.randint(0, 2))
         time.sleep(self._random.uniform(0.0, 0.2))  # a moment inside a step, or inside a recovery
         found: list[tuple[int, int]] = []
         self._until(lambda: found.extend(self._living(role)) or bool(found))
@@ -149,14 +157,25 @@ class Chaos:
         self._stopped |= {pid} if number is signal.SIGSTOP else set()
         return strike
 
+    def _until_trained(self, more: int) -> None:
+        mark = self.newest_step
+        self._until(lambda: self.newest_step >= mark + more)
+
     def _until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            if self._popen.poll() is not None and self._popen.returncode != 0:
+            if self._popen.poll() is not None and not condition():
                 raise RuntimeError(f"the run ended: {(self.folder / 'output').read_text()[-4000:]}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"waited in vain; state {read_json(self.dir.state)}")
             time.sleep(0.02)
+
+    @property
+    def steps(self) -> int:
+        """Rl steps of a run that ended."""
+        state = read_json(self.dir.state)
+        assert state is not None, "a run that ended has a last word"
+        return int(state["step"]) - WARMUP
 
     @property
     def newest_step(self) -> int:
@@ -262,12 +281,10 @@ def summary(recoveries: Sequence[Recovery]) -> dict[str, dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strikes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=0, help="rl steps of the run; by default 10 per strike")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    steps = arguments.steps or 10 * arguments.strikes
     with tempfile.TemporaryDirectory(prefix="prl-chaos-") as folder:
-        chaos = Chaos(folder=Path(folder), seed=arguments.seed, edits=[f"run.steps={steps}"])
+        chaos = Chaos(folder=Path(folder), seed=arguments.seed)
         started = time.monotonic()
         code, strikes = chaos.run([KINDS[number % len(KINDS)] for number in range(arguments.strikes)])
         seconds = time.monotonic() - started
@@ -279,7 +296,7 @@ def main() -> int:
             "load": os.getloadavg()[0],
             "exit_code": code,
             "seconds": round(seconds),
-            "steps": steps,
+            "steps": chaos.steps,
             "strikes": len(strikes),
             "kills": sum(s.signal is signal.SIGKILL for s in strikes),
             "stops": sum(s.signal is signal.SIGSTOP for s in strikes),

@@ -27,6 +27,7 @@ from prl_windowed_fifo import WindowedFifoConfig
 from prl_windowed_fifo import scheduler as windowed_fifo
 
 Build = Callable[[Clock], RolloutScheduler]
+NO_TIMEOUT = 1e6
 
 
 @attrs.frozen(kw_only=True)
@@ -62,12 +63,12 @@ class Case:
         )
 
     def journal(self, build: Build) -> Journal:
-        """What a whole run decides. A cluster so slow that every group runs into its timeout proves nothing."""
+        """What a whole run decides. A cluster so slow that groups run into their timeout proves nothing."""
         journal = Journal()
         try:
             self.simulation(build, journal).run()
         except RunError as error:
-            if "the last as 'timeout'" not in str(error):
+            if "groups were dropped" not in str(error) or self.rollouts.timeout == NO_TIMEOUT:
                 raise
             reject()
         return journal
@@ -121,7 +122,7 @@ def cases(draw: st.DrawFn, *, most_staleness: int = 3) -> Case:
             groups_per_step=draw(st.sampled_from([1, 2, 4, 7])),
             group_size=draw(st.integers(1, 3)),
             retries=draw(st.integers(0, 3)),
-            timeout=draw(st.sampled_from([1e6, 500.0])),
+            timeout=draw(st.sampled_from([NO_TIMEOUT, 500.0])),
         ),
         workload=Workload(
             lengths=LognormalLengths(mean=50.0, sigma=number(0.0, 2.0), correlation=number(0.0, 1.0), most=1000),
