@@ -95,28 +95,29 @@ def fits(family: str, layout: Layout) -> bool:
     return experts % layout.expert == 0
 
 
-def build(family: str) -> nn.Module:
+def build(family: str, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    return FAMILIES[family]()
+    with device:
+        return FAMILIES[family]()
 
 
 def recorder(model: nn.Module) -> GradientRecorder:
     return GradientRecorder([(key, p) for key, p in model.named_parameters() if p.requires_grad])
 
 
-def compare(family: str, layout: Layout, way: str, rank: int) -> dict[str, object]:
+def compare(family: str, layout: Layout, way: str, rank: int, device: torch.device) -> dict[str, object]:
     """A step on this mesh beside the same step of one rank: clipped gradients, their norm, the sums of this rank."""
     samples = random_samples(6, seed=3, longest=40)
-    alone, expected = build(family), pack_batch(samples)
+    alone, expected = build(family, device), pack_batch(samples)
     whole = recorder(alone)
-    report = build_stepper(alone, whole, max_grad_norm=0.05).step(expected, expected.ranks[0], 0.0)
-    ranks = Ranks.laid_out(rank, torch.device("cpu"), layout)
-    model = build(family)
+    report = build_stepper(alone, whole, max_grad_norm=0.05, device=device).step(expected, expected.ranks[0], 0.0)
+    ranks = Ranks.laid_out(rank, device, layout)
+    model = build(family, device)
     layers.apply(model, WAYS[way])
     ranks.shard(model)
     parts = recorder(model)
     batch = pack_batch(samples, ranks=layout.ranks, context=layout.context)
-    stepper = build_stepper(model, parts, max_grad_norm=0.05, context=ranks.context)
+    stepper = build_stepper(model, parts, max_grad_norm=0.05, context=ranks.context, device=device)
     seen = stepper.step(batch, batch.ranks[rank], 0.0)
     return {
         "difference": relative_difference(parts.gradients, whole.gradients),
@@ -192,16 +193,23 @@ def largest_difference(seen: dict[str, torch.Tensor], expected: dict[str, torch.
     return max((seen[key] - expected[key]).abs().max().item() for key in expected)
 
 
+def compare_all(folder: Path, rank: int, device: torch.device) -> None:
+    """Every family on every mesh of the world's size; what each rank found goes into a file."""
+    for family in FAMILIES:
+        for layout, way in MESHES[dist.get_world_size()]:
+            if not fits(family, layout):
+                continue
+            found = compare(family, layout, way, rank, device)
+            (folder / f"{family} {name(layout, way)} {rank}.json").write_text(json.dumps(found))
+            if rank == 0:
+                print(f"{family:16} {name(layout, way):34} relative difference of gradients {found['difference']:.1e}")
+
+
 def main(folder: Path) -> None:
     """World size 2 comes first: the others read the checkpoint it leaves."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
-    for family in FAMILIES:
-        for layout, way in MESHES[world_size]:
-            if not fits(family, layout):
-                continue
-            found = compare(family, layout, way, rank)
-            (folder / f"{family} {name(layout, way)} {rank}.json").write_text(json.dumps(found))
+    compare_all(folder, rank, torch.device("cpu"))
     if world_size == 2:
         write_checkpoint(folder, rank)
     for layout, _ in MESHES[world_size]:
