@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.meshes_gpu     from the root of a checkout
 
-The comparison of tests/train/parallel, which runs on CPUs over gloo in the tests: toy models in float32, ragged samples, a
-clipped step. Rank 0 prints the largest relative difference of each mesh's gradients; the exit code is 1 when one is above
-BOUND.
+The comparison of tests/train/parallel, which runs on CPUs over gloo in the tests: toy models in float32, ragged
+samples, a clipped step. Rank 0 prints the largest relative difference of each mesh's gradients; the exit code is 1 when
+one is above BOUND.
 """
 
 from __future__ import annotations
