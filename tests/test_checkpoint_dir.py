@@ -9,7 +9,7 @@ import attrs
 import cattrs
 import pytest
 from prl import checkpoint_dir
-from prl.checkpoint_dir import CheckpointManifest, FileRecord, RecordedFile
+from prl.checkpoint_dir import FORMAT, CheckpointManifest, FileRecord, RecordedFile
 from prl.errors import CheckpointError
 
 IDENTITY = {"model.layers": 2, "model.names": ["a", "b"], "optimizer.type": "adamw"}
@@ -97,7 +97,7 @@ def test_a_file_that_was_never_there(saved):
     assert refusal(saved, "trainer/rank-7") == sentence
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 3}', '{"format": 3, "step": "x"}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", f'{{"format": {FORMAT}}}', f'{{"format": {FORMAT}, "step": "x"}}'])
 def test_a_damaged_manifest(saved, content):
     (saved / "manifest.json").write_text(content)
     assert "manifest.json is damaged (" in refusal(saved)

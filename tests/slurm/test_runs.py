@@ -83,7 +83,7 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     assert len(shared.rl_steps) == 8
     shared.audited()
     assert apart.prl("stop").splitlines()[-1] == "stopped"
-    assert not slurm.jobs("apart")
+    until(lambda: not slurm.jobs("apart"), "the job did not leave the queue")
     assert (apart.checkpoint / "manifest.json").is_file()
     assert apart.dir.attempts() == [1]
     apart.audited()
