@@ -97,7 +97,9 @@ def test_a_file_that_was_never_there(saved):
     assert refusal(saved, "trainer/rank-7") == sentence
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", f'{{"format": {FORMAT}}}', f'{{"format": {FORMAT}, "step": "x"}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", f'{{"format": {FORMAT}}}', f'{{"format": {FORMAT}, "step": "x"}}']
+)
 def test_a_damaged_manifest(saved, content):
     (saved / "manifest.json").write_text(content)
     assert "manifest.json is damaged (" in refusal(saved)
