@@ -138,7 +138,7 @@ def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) 
     mask = None if whole else _visible(context, context.positions[:, None], q.dtype)
     if q.is_cuda or q.dtype is not torch.float32:
         return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).flatten(1, 2)
-    queries = invariance.whole_tile(grouped) if invariance.wanted() else grouped
+    queries = invariance.enough_rows(grouped) if invariance.wanted() else grouped
     return _batched_products(queries, k, v, mask, scale)[:, :, : grouped.shape[2]].flatten(1, 2)
 
 

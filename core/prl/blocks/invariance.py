@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-TILE_ROWS = 16
+TILE_ROWS = 32
 """Rows of every product: which kernel a library takes depends on their number, and the number differs by processor."""
+FEWEST_ROWS = 4
+"""Of queries that attend together: for fewer, MKL's kernel depends on how many keys there are (tested)."""
 FEWEST_KEYS = 64
 """torch multiplies small matrices in a batch by itself and leaves larger ones to MKL; attention over so many keys is
 larger for any head."""
@@ -50,7 +52,7 @@ def in_tiles(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([product(tile) for tile in tiles])[: len(x)]
 
 
-def whole_tile(x: Tensor) -> Tensor:
-    """x [..., N, D] with rows of zeros added where there are fewer than `TILE_ROWS`."""
-    missing = TILE_ROWS - x.shape[-2]
+def enough_rows(x: Tensor) -> Tensor:
+    """x [..., N, D] with rows of zeros added where there are fewer than `FEWEST_ROWS`."""
+    missing = FEWEST_ROWS - x.shape[-2]
     return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
