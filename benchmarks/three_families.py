@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/three-families"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at one time; each keeps two cores busy")
     parser.add_argument("--steps", type=int, default=600, help="most rl steps")
-    parser.add_argument("--warmup", type=int, default=150, help="supervised steps")
+    parser.add_argument("--warmup", type=int, default=200, help="supervised steps")
     parser.add_argument("--every", type=int, default=10, help="rl steps between evaluations")
     parser.add_argument("--goal", type=float, default=0.8, help="accuracy at which a run stops")
     parser.add_argument("--seed", type=int, default=0)
