@@ -1,9 +1,9 @@
 """Matrix products of packed tokens: a `Linear` without bias whose CPU kernel is the fastest at hand.
 
 Called by every block and by whoever computes logits from `LanguageModel.head()`. In float32 torch sends products to
-MKL, which keeps to AVX2 on processors that are not Intel's; there oneDNN, in the same torch, uses AVX-512. Measured with
-one thread: on a Zen 5, 5120 x 128 x 512 at 90 and 220 GFLOP/s; on a Xeon with AMX the products of a training step were
-12% slower with oneDNN. Small products stay with MKL, whose calls cost less.
+MKL, which keeps to AVX2 on processors that are not Intel's; there oneDNN, in the same torch, uses AVX-512. Measured
+with one thread: on a Zen 5, 5120 x 128 x 512 at 90 and 220 GFLOP/s; on a Xeon with AMX the products of a training
+step were 12% slower with oneDNN. Small products stay with MKL, whose calls cost less.
 """
 
 from __future__ import annotations
