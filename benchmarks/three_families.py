@@ -122,7 +122,7 @@ def draw(results: Sequence[Learned]) -> str:
     chart = line_chart([Series(name=r.model, points=r.curve) for r in results], from_zero=True, smoothed=False)
     style = STYLE + " ".join(f".s{i} {{ stroke: {colour} }}" for i, colour in enumerate(COLOURS))
     names = "".join(
-        f'<text x="70" y="{24 + 14 * i}" style="fill: {COLOURS[i]}">{result.model}</text>'
+        f'<text x="70" y="{150 + 14 * i}" style="fill: {COLOURS[i]}">{result.model}</text>'
         for i, result in enumerate(results)
     )
     opened = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
