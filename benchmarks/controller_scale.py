@@ -33,7 +33,7 @@ import prl_group_relative
 from prl.compose import config
 from prl.dispatch import controller
 from prl.dispatch.hub import Hub
-from prl.providers import Engine, Environment, Provider, RunInfo
+from prl.providers import Engine, Environment, Model, Provider, RunInfo
 from prl.run_dir import RunDir
 from prl.types import Manifest
 from prl_bounded_staleness import BoundedStalenessConfig
@@ -90,6 +90,9 @@ class SyntheticEngine:
 
 
 PROVIDERS: dict[type, Provider] = {
+    config.ModelConfig: Model(
+        name="synthetic", config=config.ModelConfig, summary="", build="", weights="", render="", special_tokens=()
+    ),
     config.EngineConfig: Engine(name="synthetic", config=config.EngineConfig, summary="", serve="", connect=""),
     config.EnvironmentConfig: Environment(name="toy", config=config.EnvironmentConfig, summary="", build=""),
     BoundedStalenessConfig: prl_bounded_staleness.prl_schedulers()[0],
