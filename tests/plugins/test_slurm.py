@@ -201,6 +201,17 @@ def test_a_spare_takes_all_of_a_lost_node_and_then_none_is_left() -> None:
     assert nodes.place(TRAINER).host == "c"
 
 
+def test_a_group_closes_up_over_its_lost_nodes() -> None:
+    trainers = attrs.evolve(PLAN, groups=(GROUPS[0], attrs.evolve(GROUPS[1], nodes=3)))
+    nodes = Nodes.given(trainers, SlurmConfig(), [["a", "b", "c", "d", "e"]])
+    nodes.lose("c", "is down")
+    assert nodes.close_up("trainer") == 2
+    assert [nodes.place(process("trainer", node, "trainer", node)).host for node in (0, 1)] == ["d", "e"]
+    nodes.lose("d", "is down")
+    assert (nodes.close_up("trainer"), nodes.place(TRAINER).host) == (1, "e")
+    assert nodes.close_up("inference") == 2
+
+
 def test_a_step_shares_its_node_and_belongs_to_its_component() -> None:
     job = Job(id="7", components=(("a", "b"), ("x",)), restarts=0)
     place = Place(host="x", component=1, first_gpu=2)

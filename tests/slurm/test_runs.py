@@ -131,28 +131,44 @@ def test_a_run_goes_on_after_the_end_of_its_time_and_the_loss_of_its_first_node(
 # --- nodes that go ----------------------------------------------------------------------------------------------------
 def test_a_run_outlives_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
     brief = ("failures.restarts=1", "failures.window=3")
-    run = launch(slurm, tmp_path / "lossy", *ENDLESS, *brief, "engine.nodes=2", "launcher.spare_nodes=1")
-    run.until(lambda: run.kept(), "no checkpoint")
-    assert [run.host(name) for name in ("engine-0", "engine-1", "trainer-0")] == ["node1", "node2", "node3"]
+    nodes = ("engine.nodes=2", "launcher.spare_nodes=1", *TWO_TRAINER_NODES)
+    run = launch(slurm, tmp_path / "lossy", *ENDLESS, *brief, *nodes)
 
-    slurm.power_off("node3")  # the trainer's: a spare takes its place, and training goes on from the last cut
-    run.until(lambda: run.dir.attempts() == [1, 2] and run.trains(), "it does not train on after the trainer's node")
-    assert run.host("trainer-0") == "node4"
+    def trains_beyond(attempts: list[int], step: int) -> bool:
+        return run.dir.attempts() == attempts and run.trains() and run.state["step"] > step + 4
+
+    run.until(lambda: run.kept(), "no checkpoint")
+    assert [run.host(name) for name in ("engine-0", "engine-1", "trainer-0", "trainer-1")] == slurm.nodes[:4]
+
+    slurm.power_off("node3")  # a trainer's: the spare takes its place, and training goes on from the last cut
+    before = run.state["step"]
+    run.until(lambda: trains_beyond([1, 2], before), "it does not train on after the trainer's node")
+    assert [run.host(name) for name in ("trainer-0", "trainer-1")] == ["node5", "node4"]
+
+    slurm.power_off("node4")  # no spare is left: half of the trainer's nodes train on
+    before = run.state["step"]
+    run.until(lambda: trains_beyond([1, 2, 3], before), "it does not train on with one trainer node")
+    cut = run.steps_before_attempt()
+    assert [run.host("trainer-0"), len(run.entries)] == ["node5", 5]
+    assert json.loads(run.dir.resume.read_text())["trainer"] == {"nodes": 1, "ranks": 1, "replicate": 1, "shard": 0}
+    assert run.failures()[-1]["done"] == f"attempt 3 goes on from step {cut} on 1 of 2 trainer nodes"
+    assert ("process", run.failures()[-1]["done"]) in run.told()
     assert len(run.turns) == 1
 
     slurm.power_off("node2")  # an engine's, and no spare is left
     run.until(lambda: "the run goes on without it" in run.failures()[-1]["done"], "engine-1 is not given up")
-    assert [line["role"] for line in run.failures()] == ["trainer", "engine", "engine"]
+    assert [line["role"] for line in run.failures()] == ["trainer", "trainer", "engine", "engine"]
     before = run.state["step"]
     run.until(lambda: run.state["step"] > before + 4, "it does not train on without engine-1")
-    assert run.dir.attempts() == [1, 2]
+    assert run.dir.attempts() == [1, 2, 3]
 
-    slurm.power_off("node4")  # the trainer's again: there is no node for it in this job
+    slurm.power_off("node5")  # the trainer's last: there is no node for it in this job
     until(lambda: slurm.jobs("lossy") == {run.id: "PENDING"}, f"it does not wait: {run.tell()}", PATIENCE)
-    for node in ("node2", "node3", "node4"):
+    for node in slurm.nodes[1:]:
         slurm.power_on(node)
     until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", PATIENCE)
     assert run.turns[1]["step"] in range(20, before + 1000, 20)
+    assert len([entry for entry in run.entries if entry["role"] == "trainer"]) == 2  # the whole mesh again
     assert run.prl("stop").splitlines()[-1] == "stopped"
     assert list(run.chain()) == list(range(run.state["step"] + 1))
     run.audited()

@@ -72,7 +72,7 @@ class Turn:
         spawner = Spawner(self._job, self._config, self._run_dir, self._nodes)
         guards = self._guards()
         try:
-            code = supervise(self._plan, spawner, grace=GRACE_SECONDS)
+            code = supervise(self._plan, spawner, grace=GRACE_SECONDS, trainer_nodes=spawner.trainer_nodes)
         except NoNodeError as error:
             return self._again(str(error))
         finally:

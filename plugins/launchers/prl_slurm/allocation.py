@@ -104,6 +104,13 @@ class Nodes:
         names = [group.name for group in self.groups]
         return sum(group.gpus for group in self.groups[: names.index(name)])
 
+    def close_up(self, group: str) -> int:
+        """The group's nodes that are left become its first; how many they are."""
+        parts = sorted(part for part in self.assigned if part[0] == group)
+        holders = sorted((self.assigned[part] for part in parts), key=lambda holder: holder[0] in self.lost)
+        self.assigned |= dict(zip(parts, holders, strict=True))
+        return sum(host not in self.lost for host, _ in holders)
+
     def lose(self, host: str, reason: str) -> str | None:
         """Nothing runs on that node from now on; the spare that takes its part, if there is one."""
         if host in self.spares:
