@@ -195,6 +195,34 @@ def test_a_plugin_that_one_node_lacks_is_refused_before_training(slurm: Cluster,
     assert not run.steps
 
 
+STOPS = """
+import os, signal, sys
+if "prl_slurm.drill" in sys.orig_argv:
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_spares_take_the_place_of_nodes_that_cannot_add_up_a_number(slurm: Cluster, tmp_path: Path) -> None:
+    """node3's process is stopped, and the spare node4 has no interface for gloo: the second spare trains."""
+    (tmp_path / "node3").mkdir()
+    (tmp_path / "node3" / "sitecustomize.py").write_text(STOPS)
+    wrong = "if [ $SLURMD_NODENAME = node4 ]; then export GLOO_SOCKET_IFNAME=nowhere; fi"
+    setup = f"launcher.setup=['export PYTHONPATH={tmp_path}/$SLURMD_NODENAME', '{wrong}']"
+    brief = ("launcher.spare_nodes=2", "launcher.collective_seconds=8")
+    run = launch(slurm, tmp_path / "spared", "run.steps=2", *TWO_TRAINER_NODES, *brief, setup)
+    assert run.ended() == "finished", run.tell()
+    assert [run.host(name) for name in ("engine-0", "trainer-0", "trainer-1")] == ["node1", "node2", "node5"]
+    said = [line.partition("prl: ")[2] for line in (run.dir.path / "slurm" / "job.log").read_text().splitlines()]
+    lost = [line.partition(" takes no part: ")[::2] for line in said if "takes no part" in line]
+    assert [host for host, _ in lost] == ["node3", "node4"]
+    assert lost[0][1] == "was not ready to add up a number 8 s after others; node4 takes its place"
+    assert lost[1][1].endswith("; node5 takes its place")
+    files = json.loads((run.dir.path / "slurm" / "preflight.json").read_text())["MB/s"]
+    assert all(speeds["write"] > 0 and speeds["read"] > 0 for speeds in files.values())
+    assert list(files) == slurm.nodes
+    assert list((run.dir.path / "slurm").glob("preflight-*")) == []
+
+
 def install(site: Path, name: str) -> Path:
     """A distribution `prl-NAME` with a plugin that provides nothing, in a folder of its own."""
     (site / f"prl_{name}").mkdir(parents=True)
@@ -212,6 +240,7 @@ def install(site: Path, name: str) -> Path:
         (["launcher.partition=nowhere"], "sbatch would refuse this job: .*invalid partition specified: nowhere"),
         (["launcher.spare_nodes=9"], "sbatch would refuse this job: "),
         (["launcher.gres='gpu:9'"], "sbatch would refuse this job: "),
+        (["launcher.free_gb=1e9"], r"run.dir: /.* has .* GB left, and launcher.free_gb is 1e\+09"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_made(
