@@ -17,7 +17,7 @@ from prl_slurm import ContainerSection, NodesSection, SlurmConfig, commands, dis
 from prl_slurm.allocation import Nodes, Place, requests
 from prl_slurm.preflight import Probe, blame, pairs_of, unreachable
 from prl_slurm.probe import devices
-from prl_slurm.steps import Job, Step, command
+from prl_slurm.steps import Job, Step, command, interactive
 from prl_slurm.task import choose
 
 GROUPS = (NodeGroup(name="inference", nodes=2, cpus=5, gpus=2), NodeGroup(name="trainer", nodes=1, cpus=8, gpus=4))
@@ -225,6 +225,14 @@ def test_a_step_shares_its_node_and_belongs_to_its_component() -> None:
         *("/v/bin/python", "-m", "prl", "worker", "--role", "trainer"),
     ]
     assert (job.ids, job.where("x")) == ("7,8", 1)
+
+
+def test_a_terminal_is_a_step_of_the_job_in_the_environment_of_its_processes() -> None:
+    pyxis = ContainerSection(backend="pyxis", image="nvcr.io#prl")
+    words = interactive(["--jobid=8"], SlurmConfig(venv="/v", container=pyxis), RUN, "x", ["-m", "prl"], pty=True)
+    assert {"--jobid=8", "--nodelist=x", "--overlap", "--pty", "--container-image=nvcr.io#prl"} <= set(words)
+    assert words[words.index("bash") :] == ["bash", f"{RUN}/slurm/node.sh", "/v/bin/python", "-m", "prl"]
+    assert "--pty" not in interactive([], SlurmConfig(), RUN, "x", [], pty=False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prl.run_dir import RunDir
 
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import PATIENCE, TWO_TRAINER_NODES, Job, command, launch
+from tests.terminal import on_terminal
 
 THRESHOLD = 0.6
 """Share of vowels in what the policy says; it begins below a third of that, and passes it after some 20 steps."""
@@ -78,6 +80,7 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     components = slurm.command("squeue", "-h", "-o", "%i %N", "--jobs", apart.id).splitlines()
     assert [line.split()[0] for line in components] == [f"{apart.id}+0", f"{apart.id}+1"]
     assert {apart.host("trainer-0"), apart.host("trainer-1")}.isdisjoint({apart.host("engine-0")})
+    attached_to(apart)
     assert shared.ended() == "finished"
     assert {entry["host"] for entry in shared.entries} == {"node1"}
     assert len(shared.rl_steps) == 8
@@ -87,6 +90,21 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     assert (apart.checkpoint / "manifest.json").is_file()
     assert apart.dir.attempts() == [1]
     apart.audited()
+
+
+def attached_to(run: Job) -> None:
+    """A terminal on another component's node, and the stacks of a rank there."""
+    words = [sys.executable, "-m", "prl", "attach", str(run.dir.path), "trainer-1"]
+    typed = 'echo "<$(hostname)|$PRL_PROCESS|$PYTHONHASHSEED>"; test -t 0 && exit 7\n'
+    code, shown = on_terminal(words, typed=typed, env=run.cluster.env | {"SHELL": "/bin/sh"})
+    assert f"<{run.host('trainer-1')}|trainer-1|0>" in shown, shown
+    assert code == 7
+    out = run.prl("attach", "trainer-1", "--stacks")
+    assert [line.partition(" (")[0] for line in out.splitlines() if line.startswith("---")] == [
+        "--- trainer-1",
+        "--- trainer-rank-1",
+    ]
+    assert "prl/train/worker.py" in out
 
 
 def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:

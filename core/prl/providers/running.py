@@ -67,6 +67,9 @@ class RemoteRun(Protocol):
     def cancel(self) -> None:
         """End what is left of it now."""
 
+    def attach(self, process: str, host: str, arguments: Sequence[str]) -> int:
+        """Run Python with these arguments in this terminal, where that process of the run lives; its exit code."""
+
 
 @attrs.frozen(kw_only=True)
 class Tracker(Provider):
