@@ -6,6 +6,7 @@
     controller.json     where the controller listens
     rendezvous.json     where the store of a trainer on several nodes listens
     resume.json         from the second attempt on: which of its checkpoints it goes on from, on how many trainer nodes
+    chain.json          which run it follows, where it was launched after one
     launch.json         which launcher keeps the run, and what it calls it, where one took it over (slurm)
     processes.json      what the launcher started: role, index, pid, host, log
     state.json          status, step, version, last error: rewritten as the run goes
@@ -75,6 +76,10 @@ class RunDir:
     @property
     def rendezvous(self) -> Path:
         return self.path / "rendezvous.json"
+
+    @property
+    def chain(self) -> Path:
+        return self.path / "chain.json"
 
     @property
     def launch(self) -> Path:

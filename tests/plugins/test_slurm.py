@@ -15,6 +15,7 @@ from prl.errors import ConfigError, InfrastructureError, UserError
 from prl.run_dir import RunDir
 from prl_slurm import ContainerSection, NodesSection, SlurmConfig, commands, disk, script
 from prl_slurm.allocation import Nodes, Place, requests
+from prl_slurm.launcher import SlurmLauncher
 from prl_slurm.preflight import Probe, blame, pairs_of, unreachable
 from prl_slurm.probe import devices
 from prl_slurm.steps import Job, Step, command, interactive
@@ -76,7 +77,6 @@ def test_the_script_of_one_allocation() -> None:
         "#SBATCH --qos=high",
         "#SBATCH --exclude=bad[1-2]",
         "#SBATCH --time=1-00:00:00",
-        "#SBATCH --dependency=afterok:7",
         "#SBATCH --output=/shared/runs/tale/slurm/job.log",
         f"#SBATCH --chdir={Path.cwd()}",
         "#SBATCH --no-kill",
@@ -84,12 +84,25 @@ def test_the_script_of_one_allocation() -> None:
         "#SBATCH --open-mode=append",
         "#SBATCH --signal=B:USR1@90",
         "#SBATCH --comment=tale",
+        "#SBATCH --dependency=afterok:7",
         "",
         "module load cuda/12.9 nccl",
         ". /shared/venv/bin/activate",
         "export X=1",
         "exec /shared/venv/bin/python -m prl_slurm /shared/runs/tale",
     ]
+
+
+def test_a_job_that_follows_another_waits_for_it_and_for_what_the_config_says(tmp_path: Path) -> None:
+    before = RunDir(tmp_path)
+    before.write_json(before.launch, {"launcher": "slurm", "job": "12_3"})
+    following = attrs.evolve(PLAN, after=before)
+    assert {"--dependency=afterok:12_3", "--kill-on-invalid-dep=yes"} <= set(
+        options(script.job(following, SlurmConfig()))
+    )
+    assert "--dependency=singleton,afterok:12_3" in options(script.job(following, SlurmConfig(dependency="singleton")))
+    assert SlurmLauncher(SlurmConfig()).follows(before)
+    assert not SlurmLauncher(SlurmConfig()).follows(RunDir(tmp_path / "of this machine"))
 
 
 def test_components_of_a_heterogeneous_job_have_options_of_their_own() -> None:

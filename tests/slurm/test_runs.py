@@ -121,6 +121,27 @@ def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
         run.audited()
 
 
+# --- one after another ------------------------------------------------------------------------------------------------
+def test_a_run_after_another_is_a_dependency_of_its_job(slurm: Cluster, tmp_path: Path) -> None:
+    small = ("launcher.allocation=shared", "engine.count=1")
+    before = launch(slurm, tmp_path / "before", "run.steps=2", *small, "launcher.options=['--begin=now+1hour']")
+    chain = ("--after", str(before.dir.path), "--from", str(before.dir.path))
+    run = launch(slurm, tmp_path / "after", "run.steps=4", *small, words=chain)
+    assert "(Dependency)" in run.prl("status")
+    assert before.prl("stop").splitlines()[-1] == "stopped"
+    until(lambda: not slurm.jobs("after"), "what cannot begin any more is left in the queue")
+
+    before.prl("resume", "--set", "launcher.options=[]")
+    run.prl("resume")
+    assert set(slurm.jobs("after").values()) == {"PENDING"}
+    assert (before.ended(), run.ended()) == ("finished", "finished")
+    assert [line["step"] for line in run.steps] == [3, 4]
+    assert run.state["step"] == 4
+    assert run.begun_from() == before.chain()[2]
+    before.audited()
+    run.audited()
+
+
 # --- turns ------------------------------------------------------------------------------------------------------------
 def test_a_run_goes_on_after_the_end_of_its_time_and_the_loss_of_its_first_node(slurm: Cluster, tmp_path: Path) -> None:
     run = launch(slurm, tmp_path / "timed", *ENDLESS, "launcher.time='30'", "launcher.cut_seconds=100")

@@ -44,6 +44,14 @@ class HandingLauncher(ProcessLauncher, Protocol):
         """The run that `launch.json` says was handed over."""
 
 
+class FollowingLauncher(HandingLauncher, Protocol):
+    def follows(self, run_dir: RunDir) -> bool:
+        """Whether it can have the run of a plan wait for that one (`LaunchPlan.after`); else the command line waits.
+
+        What it then starts calls `prl.compose.chain.settle` before it opens the run.
+        """
+
+
 class SweepingLauncher(ProcessLauncher, Protocol):
     def launch_all(self, plans: Sequence[LaunchPlan], folder: Path) -> int:
         """The runs of a sweep at once, where the launcher has a way to; without it they go one after the other."""

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prl.compose import chain
 from prl.compose.compose import Composition, open_run
 from prl.compose.plan import LaunchPlan, plan
 from prl.compose.resume import resume
@@ -47,6 +48,7 @@ def main(run_dir: RunDir) -> int:
 
 def _composition(run_dir: RunDir, job: Job) -> Composition:
     """A job that was queued again goes on from the newest cut, as `prl resume` would."""
+    chain.settle(run_dir)
     return resume(run_dir).composition if job.restarts else open_run(run_dir)
 
 

@@ -53,6 +53,10 @@ class SlurmLauncher:
             raise UserError(f"run.dir: {problem}")
         commands.test(script.job(plan, self.config))
 
+    def follows(self, run_dir: RunDir) -> bool:
+        """A job can wait for another job."""
+        return (read_json(run_dir.launch) or {}).get("launcher") == "slurm"
+
     def launch(self, plan: LaunchPlan) -> int:
         """Submit, and say what comes next."""
         folder = self._prepare(plan)
