@@ -52,6 +52,24 @@ def layout_of(trainer: TrainerSection) -> Layout:
     return Layout(replicate=trainer.replicate, shard=shard, context=trainer.context, expert=trainer.expert)
 
 
+def on_fewer_nodes(trainer: TrainerSection, nodes: int, *, least: int) -> TrainerSection | None:
+    """The section laid out anew on `nodes` of its nodes, or on the most below that its mesh allows; None below `least`.
+
+    A node's ranks, `context` and `expert` stay, which the model's own limits go by. Whole copies of the model are given
+    up where that suffices, for a rank then holds what it held; else what a copy is divided over.
+    """
+    shard = layout_of(trainer).shard
+    for left in range(nodes, max(least, 1) - 1, -1):
+        ranks = trainer.ranks // trainer.nodes * left
+        meshes = [(ranks // (shard * trainer.context), shard), (trainer.replicate, 0), (1, 0)]
+        for replicate, divided in meshes:
+            if replicate:
+                found = attrs.evolve(trainer, nodes=left, ranks=ranks, replicate=replicate, shard=divided)
+                if not list(problems(found)):
+                    return found
+    return None
+
+
 def problems(trainer: TrainerSection) -> Iterator[Problem]:
     """Every reason why a section's ranks cannot be laid out as it says; a model's are in `prl.compose.limits`."""
     given = trainer.replicate * trainer.context * (trainer.shard or 1)
