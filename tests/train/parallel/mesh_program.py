@@ -36,6 +36,7 @@ from prl_kimi_k2.sizes import routing as kimi_k2_routing
 from prl_nemotron3 import SuperConfig
 from prl_nemotron3.network import build as nemotron3
 from prl_nemotron3.sizes import routing as nemotron3_routing
+from prl_qwen3.network import build as qwen3
 from prl_qwen3.sizes import routing as qwen3_routing
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -66,7 +67,8 @@ GLM = Glm52Config(layers=4, hidden_size=32, experts=4, index_top_k=4)
 """Selects 4 of up to 40 tokens; layers share the selection of earlier ones."""
 NEMOTRON = SuperConfig(hidden_size=32, experts=4, pattern="ME*ME")
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "qwen3": build_qwen3,
+    # Of which two ranks share a head of keys in the middle, and four need copies.
+    "qwen3": lambda: qwen3(attrs.evolve(qwen3_config(experts=0), heads=12, kv_heads=3), VOCAB),
     "qwen3_moe": lambda: build_qwen3(experts=4),
     "kimi_k2": lambda: kimi_k2(KIMI, VOCAB),
     "glm5_2": lambda: glm5(GLM, VOCAB),
@@ -92,7 +94,7 @@ MESHES: dict[int, list[tuple[Layout, str]]] = {
         (Layout(replicate=2), "full"),
         (Layout(context=2), "selective"),
         (Layout(shard=2, expert=2), "full"),
-        (Layout(context=2, expert=2), "none"),
+        (Layout(context=2, expert=2, divides_heads=False), "none"),
     ],
     4: [
         (Layout(context=4, expert=2), "none"),
@@ -110,7 +112,8 @@ SAVED_ON = Layout(shard=2, expert=2)
 def name(layout: Layout, way: str) -> str:
     axes = ("replicate", "shard", "context", "expert")
     divided = " ".join(f"{axis}{getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1)
-    return f"{divided} {way}"
+    gathers = " gather" * (layout.context > 1 and not layout.divides_heads)
+    return f"{divided}{gathers} {way}"
 
 
 def fits(family: str, layout: Layout) -> bool:
