@@ -31,6 +31,8 @@ class Layout:
     shard: int = 1
     context: int = 1
     expert: int = 1
+    divides_heads: bool = True
+    """Whether ranks of `context` exchange heads where they divide them, instead of gathering keys and values."""
 
     @property
     def ranks(self) -> int:
@@ -49,7 +51,13 @@ class Layout:
 def layout_of(trainer: TrainerSection) -> Layout:
     """The layout a section asks for; `problems` has nothing against it."""
     shard = trainer.shard or trainer.ranks // (trainer.replicate * trainer.context)
-    return Layout(replicate=trainer.replicate, shard=shard, context=trainer.context, expert=trainer.expert)
+    return Layout(
+        replicate=trainer.replicate,
+        shard=shard,
+        context=trainer.context,
+        expert=trainer.expert,
+        divides_heads=trainer.context_attention != "gather",
+    )
 
 
 def on_fewer_nodes(trainer: TrainerSection, nodes: int, *, least: int) -> TrainerSection | None:
