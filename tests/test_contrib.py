@@ -1,4 +1,4 @@
-"""contrib/prl-cispo the way a stranger meets it: installed with pip beside prl, listed, chosen; forgotten, misspelt."""
+"""contrib/prl-* the way a stranger meets them: installed with pip beside prl, listed, chosen; forgotten, misspelt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "contrib/prl-cispo"
+PACKAGES = sorted((ROOT / "contrib").glob("prl-*"))
 CONFIG = "configs/spell_backward.toml"
 
 
@@ -19,16 +19,16 @@ def run(*words: str, site: Path | None = None) -> subprocess.CompletedProcess[st
     """`python -m WORDS` in the checkout, with or without the plugin on the path."""
     environment = {**os.environ, "PYTHONPATH": str(site or "")}
     return subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip installed the plugin, as it would into site-packages."""
+    """A folder into which pip installed the plugins, as it would into site-packages."""
     target = tmp_path_factory.mktemp("site")
     alone = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
-    installed = run("pip", "install", *alone, "--target", str(target), str(PACKAGE))
+    installed = run("pip", "install", *alone, "--target", str(target), *map(str, PACKAGES))
     assert installed.returncode == 0, installed.stderr
     return target
 
@@ -85,9 +85,18 @@ def test_misspelt_the_error_says_what_was_meant(site: Path, edits: tuple[str, ..
     assert "did you mean 'cispo'?" in said
 
 
-def test_its_own_tests_pass_where_it_is_installed(site: Path) -> None:
-    finished = run(
-        "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(PACKAGE), str(PACKAGE / "tests"), site=site
-    )
+def test_a_launcher_of_somebody_else_is_chosen(site: Path) -> None:
+    there = ("launcher.type=kubernetes", "launcher.image=prl:1", "launcher.claim=runs", "launcher.mount=/shared")
+    sets = [word for edit in (*there, "weights.type=disk", "run.dir=/shared/tale") for word in ("--set", edit)]
+    finished = run("prl", "launch", CONFIG, "--plugins", "kubernetes,disk", *sets, "--dry-run", site=site)
+    assert finished.returncode == 0, finished.stderr
+    assert "to be started by 'kubernetes'\napiVersion: jobset.x-k8s.io/v1alpha2\nkind: JobSet\n" in finished.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_its_own_tests_pass_where_it_is_installed(package: Path, site: Path) -> None:
+    tests = ("--rootdir", str(package), str(package / "tests"))
+    finished = run("pytest", "-q", "-p", "no:cacheprovider", *tests, site=site)
     assert finished.returncode == 0, finished.stdout
-    assert "3 passed" in finished.stdout
+    assert " passed" in finished.stdout
+    assert " skipped" not in finished.stdout

@@ -34,12 +34,15 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     run_dir, name = _meant(arguments.directory, arguments.process)
-    host = _host(run_dir, name)
+    hosts = {f"{each['role']}-{each['index']}": str(each["host"]) for each in read_json(run_dir.processes) or ()}
+    there = remote(run_dir)
+    if name not in hosts and (hosts or there is None):
+        raise UserError(f"{run_dir.path} has no process {name!r}; it has {', '.join(hosts) or 'none that was started'}")
     words = attach.arguments(run_dir, name, stacks=arguments.stacks, command=arguments.command)
-    if (there := remote(run_dir)) is not None:
-        return there.attach(name, host, words)
-    if host != socket.gethostname():
-        raise UserError(f"{name} of {run_dir.path} runs on {host}: ask there")
+    if there is not None:
+        return there.attach(name, hosts.get(name, ""), words)
+    if hosts[name] != socket.gethostname():
+        raise UserError(f"{name} of {run_dir.path} runs on {hosts[name]}: ask there")
     return subprocess.call([sys.executable, *words])
 
 
@@ -49,11 +52,3 @@ def _meant(run: str | None, process: str | None) -> tuple[RunDir, str]:
         return find_run(None), run
     return find_run(run), process or DEFAULT
 
-
-def _host(run_dir: RunDir, name: str) -> str:
-    """Where the process was started last."""
-    hosts = {f"{each['role']}-{each['index']}": str(each["host"]) for each in read_json(run_dir.processes) or ()}
-    if name not in hosts:
-        names = ", ".join(hosts) or "none that was started"
-        raise UserError(f"{run_dir.path} has no process {name!r}; it has {names}")
-    return hosts[name]

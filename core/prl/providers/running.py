@@ -76,7 +76,10 @@ class RemoteRun(Protocol):
         """End what is left of it now."""
 
     def attach(self, process: str, host: str, arguments: Sequence[str]) -> int:
-        """Run Python with these arguments in this terminal, where that process of the run lives; its exit code."""
+        """Run Python with these arguments in this terminal, where that process of the run lives; its exit code.
+
+        `host`: as processes.json has it; empty where the run has no such file.
+        """
 
 
 @attrs.frozen(kw_only=True)

@@ -141,6 +141,6 @@ class SlurmRun:
         """A step of the job on that host, in the environment of node.sh and, where there is one, the container."""
         part = commands.part_of(self.job, host)
         if not part:
-            raise UserError(f"job {self.job} has {host} no more, where {process} was: prl status")
+            raise UserError(f"job {self.job} has no node {host or 'yet'} where {process} could be: prl status")
         words = steps.interactive(part, self.config, self.run_dir.path, host, arguments, pty=sys.stdin.isatty())
         return subprocess.call(words)
