@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -153,3 +154,16 @@ def test_large_columns_stay_where_the_run_removes_them(tmp_path: Path, keep: str
     assert (os.listdir(left) if left.exists() else []) == ([piece.file] if kept else [])
     if kept:
         assert np.array_equal(ColumnFolder(left).read(piece), routes)
+
+
+def test_the_log_of_an_attempt_has_the_trainer_it_ran_on(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.config.write_text("[trainer]\nranks = 2\nnodes = 2\nthreads = 3\n")
+    run_dir.lock.write_text("")
+    run_dir.write_json(run_dir.resume, {"checkpoint": "", "trainer": {"nodes": 1, "ranks": 1}})
+    log = EventLog(run_dir, "tokens")
+    log.begin(2, 0.0)
+    log.close()
+    (begun,) = read(event_log.path_of(run_dir, 2))
+    assert isinstance(begun, Begun)
+    assert tomllib.loads(begun.config)["trainer"] == {"ranks": 1, "nodes": 1, "threads": 3}
