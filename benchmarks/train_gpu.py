@@ -2,12 +2,14 @@
 
     python benchmarks/train_gpu.py --out benchmarks/results/train_gpu.json            everything, about 20 minutes
     python benchmarks/train_gpu.py --only qwen3-0.6b/16k                              cases whose names contain it
+    python benchmarks/train_gpu.py --only "slice/one document" --profile       with the kernels of a step
     python benchmarks/train_gpu.py --smoke                                            tiny, on any machine
 
 prl's side is `prl.train.step.Stepper` with the DPPO loss and the adamw plugin, as a trainer rank runs it, on synthetic
 rl batches; transformers' side trains the same shape on as many tokens with a policy-gradient loss of its own. Every
-case reports seconds per step, tokens per second, MFU by the FLOPs of the matrix products and of causal attention
-(nothing counted twice for what is computed again), and peak memory. `attention` compares kernels by length of document.
+case reports seconds per step, tokens per second, MFU by `prl.train.flops` (nothing counted twice for what is computed
+again), and peak memory; with --profile also the kernels that take longest. `attention` compares kernels by length of
+document.
 
 Runs from a checkout with torch, numpy, attrs, pluggy and transformers alone.
 """
@@ -33,11 +35,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from prl.blocks.attend import attend  # noqa: E402
 from prl.blocks.context import Context  # noqa: E402
-from prl.blocks.moe import MixtureOfExperts  # noqa: E402
+from prl.blocks.dsa import select_topk  # noqa: E402
 from prl.blocks.precision import cast  # noqa: E402
 from prl.compose.config import TrainerSection  # noqa: E402
 from prl.score.pack import pack  # noqa: E402
 from prl.train import layers  # noqa: E402
+from prl.train.flops import Packed, model_flops  # noqa: E402
 from prl.train.step import Stepper  # noqa: E402
 from prl.train.streams import StreamLoss  # noqa: E402
 from prl.types import Batch, Sample  # noqa: E402
@@ -47,6 +50,7 @@ from prl_glm5 import Glm51Config  # noqa: E402
 from prl_glm5.network import build as glm5  # noqa: E402
 from prl_nemotron3 import UltraConfig  # noqa: E402
 from prl_nemotron3.network import build as nemotron3  # noqa: E402
+from prl_packed_topk.kernel import select_topk as packed_topk  # noqa: E402
 from prl_policy_gradient import DppoConfig  # noqa: E402
 from prl_policy_gradient.losses import dppo  # noqa: E402
 from prl_qwen3 import Qwen3Config  # noqa: E402
@@ -56,6 +60,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12}
 """Dense bf16 FLOP/s by the data sheet."""
+TOP_KERNELS = 20
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 KEEP_FLOAT32 = ("e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias")
@@ -73,6 +78,8 @@ class Case:
     loop: str = "prl"
     """`prl` or `transformers`."""
     note: str = ""
+    packed_topk: bool = False
+    """Selects tokens by the kernel of the plugin `packed_topk`."""
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -106,19 +113,24 @@ def cases(smoke: bool, compiled: bool) -> Iterator[Case]:
     sparse = toy if smoke else {"size": "full", "layers": 5, "experts": 64}
     hybrid = toy if smoke else {"size": "full", "pattern": "MEM*E", "experts": 64}
     slices = (
-        ("glm-5.1", lambda: glm5(Glm51Config(**sparse), 512), "3 dense layers, 2 of 64 experts; documents of 2,048"),
-        ("nemotron-3-ultra", lambda: nemotron3(UltraConfig(**hybrid), 512), "MEM*E, 64 experts; documents of 2,048"),
+        ("glm-5.1", lambda: glm5(Glm51Config(**sparse), 512), "3 dense layers, 2 of 64 experts"),
+        ("nemotron-3-ultra", lambda: nemotron3(UltraConfig(**hybrid), 512), "MEM*E, 64 experts"),
     )
+    length, count = (80, 2) if smoke else (2048, 8)
+    documents = {f"{count} documents": (length,) * count, f"one document of {length * count}": (length * count,)}
     for family, build, note in slices:
-        length, count = (32, 4) if smoke else (2048, 8)
-        for way in ("none", "full"):
-            yield Case(
-                name=f"{family} slice/{length * count // 1024}k/checkpointing {way}/prl",
-                build=build,
-                lengths=(length,) * count,
-                trainer=section(way),
-                note=f"true widths, fewer layers: {note}",
-            )
+        for packing, lengths in documents.items():
+            for way, topk in (("none", False), ("full", False), ("full", True)):
+                if topk and (family != "glm-5.1" or len(lengths) > 1):
+                    continue
+                yield Case(
+                    name=f"{family} slice/{packing}/checkpointing {way}{' packed_topk' * topk}/prl",
+                    build=build,
+                    lengths=lengths,
+                    trainer=section(way),
+                    note=f"true widths, fewer layers: {note}",
+                    packed_topk=topk,
+                )
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -227,31 +239,12 @@ def transformers_steps(case: Case) -> tuple[Callable[[int], object], nn.Module, 
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-def flops(model: nn.Module, lengths: Sequence[int]) -> float:
-    """Of one step, forward and backward: 6 per token and weight of a matrix product, and causal attention."""
-    total, pairs = sum(lengths), sum(length * length / 2 for length in lengths)
-    products = float(sum(p.numel() for p in model.parameters() if p.dim() >= 2))
-    if hasattr(model, "embed_tokens") and model.lm_head is not None:
-        products -= model.embed_tokens.weight.numel()  # looked up
-    attention = 0.0
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
-            weights = sum(p.numel() for p in module.experts.parameters())
-            products -= weights * (1 - module.gate.experts_per_token / len(module.gate.weight))
-        if getattr(module, "kind", "") == "attention":
-            sizes = getattr(module, "sizes", None)
-            width = (
-                module.heads * 2 * module.head_dim if sizes is None else sizes.heads * (sizes.qk_dim + sizes.value_dim)
-            )
-            attention += 2 * width * pairs
-    return 6 * products * total + 3 * attention
-
-
-def measure(case: Case, *, warm: int, timed: int) -> dict[str, Any]:
+def measure(case: Case, *, warm: int, timed: int, profile: bool) -> dict[str, Any]:
     torch._dynamo.reset()
+    select_topk.chosen = packed_topk if case.packed_topk else select_topk.reference
     step, model, _ = prl_steps(case) if case.loop == "prl" else transformers_steps(case)
     with torch.device("meta"):
-        work = flops(case.build(), case.lengths)
+        work = model_flops(case.build(), Packed(case.lengths), scored=sum(case.lengths)).model
     started = time.perf_counter()
     for number in range(warm):
         step(number)
@@ -281,19 +274,24 @@ def measure(case: Case, *, warm: int, timed: int) -> dict[str, Any]:
         result["mfu"] = work / median / peak
     if CUDA:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if profile:
+        result["kernels"] = kernels(lambda: step(warm + timed))
     return result
 
 
-def profiled(case: Case) -> str:
-    """The kernels of one step by time, after warming up."""
-    step, _, _ = prl_steps(case) if case.loop == "prl" else transformers_steps(case)
-    for number in range(3):
-        step(number)
+def kernels(step: Callable[[], object]) -> list[dict[str, Any]]:
+    """Those that take longest in one step: name, calls, milliseconds, share of the time of all."""
     with torch.profiler.profile() as profile:
-        step(3)
+        step()
         _synchronise()
-    key = "self_device_time_total" if CUDA else "self_cpu_time_total"
-    return str(profile.key_averages().table(sort_by=key, row_limit=25))
+    time_of = (lambda event: event.self_device_time_total) if CUDA else (lambda event: event.self_cpu_time_total)
+    # On a GPU an operation's own kernels are listed beside it, with their time once more.
+    events = [e for e in profile.key_averages() if not CUDA or e.device_type is torch.autograd.DeviceType.CUDA]
+    total = sum(time_of(event) for event in events)
+    longest = sorted(events, key=time_of, reverse=True)[:TOP_KERNELS]
+    return [
+        {"name": e.key[:120], "calls": e.count, "ms": time_of(e) / 1e3, "share": time_of(e) / total} for e in longest
+    ]
 
 
 def attention(smoke: bool) -> Iterator[dict[str, Any]]:
@@ -334,7 +332,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--eager", action="store_true", help="compile nothing of prl's")
     parser.add_argument("--timed", type=int, default=5, help="steps that count")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one step instead")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of one more step")
     parser.add_argument("--out", type=Path, help="where results are written, after every case")
     options = parser.parse_args()
     if CUDA and torch._dynamo.config.recompile_limit < 64:
@@ -357,14 +355,11 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            if options.profile:
-                print(case.name, profiled(case), sep="\n", flush=True)
-            else:
-                keep(measure(case, warm=2 if options.smoke else 3, timed=options.timed))
+            keep(measure(case, warm=2 if options.smoke else 3, timed=options.timed, profile=options.profile))
         except Exception as error:  # one case that cannot run here must not cost the others
             traceback.print_exc()
             keep({"name": case.name, "error": f"{type(error).__name__}: {str(error)[:300]}"})
-    if options.only in "attention" and not options.profile:
+    if options.only in "attention":
         for row in attention(options.smoke):
             keep(row)
 

@@ -87,7 +87,7 @@ def test_absorbed_equals_expanded() -> None:
     q_rope = torch.randn(31, SIZES.heads, SIZES.rope_dim, generator=draw)
     latent = torch.randn(31, SIZES.kv_rank + SIZES.rope_dim, generator=draw)
     with torch.no_grad():
-        expanded = layer.expanded(q_nope, q_rope, latent, context, selection=None)
+        expanded = layer.expanded(q_nope, q_rope, latent, context)
         absorbed = layer.absorbed(q_nope, q_rope, latent, context, selection=None)
     assert expanded.shape == (31, SIZES.heads, SIZES.value_dim)
     torch.testing.assert_close(absorbed, expanded, atol=1e-5, rtol=0)

@@ -1,8 +1,8 @@
 """Own counts against torch's counter, which looks at the shapes of the products that are really computed.
 
-The counter counts what runs, on rectangles: all pairs of a document, also those a causal mask hides, and values padded
-to the size of the keys. `Everything` counts pairs the same way; what then differs is stated. Nothing is computed: the
-models are fake tensors.
+The counter counts what runs, on rectangles: all pairs of a document, also those a causal mask hides, as many selected
+tokens for a document's first as for its last, and values padded to the size of the keys. `Everything` counts pairs the
+same way; what then differs is stated. Nothing is computed: the models are fake tensors.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Everything(Packed):
         return sum(n * n for n in self.lengths)
 
     def pairs_within(self, most: int) -> int:
-        return self.pairs
+        return sum(n * min(n, most) for n in self.lengths)
 
 
 def grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -77,10 +77,19 @@ def computed(build: Any, config: Any) -> tuple[nn.Module, FlopCounterMode, int]:
 
 
 def of_padded_values(model: nn.Module) -> int:
-    """Forward: a fused kernel wants values as wide as keys."""
-    layers = [module for module in model.modules() if isinstance(module, MultiHeadLatentAttention)]
-    pairs = Everything(LENGTHS).pairs
-    return sum(2 * pairs * m.sizes.heads * (m.sizes.qk_dim - m.sizes.value_dim) for m in layers)
+    """Forward: a fused kernel wants values as wide as keys, and latents are fetched whole."""
+    packed, padded = Everything(LENGTHS), 0
+    for module in model.modules():
+        if isinstance(module, MultiHeadLatentAttention):
+            sizes, pairs, width = module.sizes, packed.pairs, module.sizes.qk_dim - module.sizes.value_dim
+            if selects(module):
+                pairs, width = packed.pairs_within(module.indexer.top_k), sizes.rope_dim
+            padded += 2 * pairs * sizes.heads * width
+    return padded
+
+
+def selects(layer: MultiHeadLatentAttention) -> bool:
+    return layer.indexer is not None and layer.indexer.top_k < max(LENGTHS)
 
 
 def of_convolutions(counter: FlopCounterMode) -> int:
@@ -102,7 +111,10 @@ def test_counts_are_those_of_torch(name: str) -> None:
     convolutions = 2 * sum(
         2 * sum(LENGTHS) * module.weight.numel() for module in model.modules() if "Convolution" in type(module).__name__
     )
-    executed = own.model + own.recompute["head"]
+    # Attention without a fused kernel keeps its scores; that over selected tokens computes them again.
+    layers = [module for module in model.modules() if isinstance(module, MultiHeadLatentAttention)]
+    again = own.recompute["attention"] if any(selects(layer) for layer in layers) else 0
+    executed = own.model + own.recompute["head"] + again
     assert executed - convolutions == counter.get_total_flops() - 3 * padded - of_convolutions(counter)
 
 

@@ -33,8 +33,7 @@ class SequenceShard(Protocol):
 
     @property
     def divides_heads(self) -> bool:
-        """Whether attention with a multiple of `count` heads exchanges heads for tokens (Ulysses), not keys and values.
-        """
+        """Whether attention with a multiple of `count` heads exchanges heads for tokens, not keys and values."""
 
     def whole(self, x: Tensor) -> Tensor:
         """x [T, ...] of this rank -> [count * T, ...] of all ranks in order; gradients add up. A collective."""

@@ -6,16 +6,18 @@ Selection is deterministic and does not depend on packing: scores are float32, a
 zeros) the earliest token wins, where `torch.topk` would let the layout decide. While a sequence has no more than
 `top_k` tokens all of them are seen, so nothing is scored. Layers may share the choice of an earlier layer (IndexShare,
 arXiv:2603.12201). Called by `prl.blocks.mla`.
+
+Scores of all pairs of tokens never exist at one time: queries are scored and attend in chunks (`prl.blocks.selected`),
+and what is kept of a choice is the places of the chosen tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prl.blocks import padding
 from prl.blocks.attend import layouts
@@ -25,10 +27,11 @@ from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.padding import Padding
 from prl.blocks.rope import RotaryEmbedding, Tables, rotate
+from prl.blocks.selected import attend_to_selected, chunks
 
 Selection: TypeAlias = "list[Tensor]"
-"""For each rectangle of new tokens (`rectangles(context)`) a [S, L, K] bool: which of its sequence's K tokens a query
-sees."""
+"""For each rectangle of new tokens (`rectangles(context)`) a [S, L, min(top_k, K)] int32: the places of those of its
+sequence's K tokens that a query sees, in order; -1 behind them where it sees fewer."""
 IndexCache: TypeAlias = TokenCache
 """Index keys, one [head_dim] per token."""
 
@@ -60,8 +63,10 @@ class Indexer(nn.Module):
     ) -> Selection | None:
         """x [T, hidden], q_latent [T, q_rank] normed -> what each token may see; None: every token before it.
 
-        With a cache the keys of the new tokens are stored in it.
+        With a cache the keys of the new tokens are stored in it. A layer that is computed again has its choice still.
         """
+        if cache is None and (_MEMO, layer_index) in context.memo:
+            return cast("Selection | None", context.memo[_MEMO, layer_index])
         everything = context.longest <= self.top_k
         selection: Selection | None = None
         if cache is not None or not everything:
@@ -98,16 +103,31 @@ class Indexer(nn.Module):
         layout, seen = rectangles(context)
         weights = self.weights_proj(x).float() * self.heads**-0.5
         known: Iterable[Tensor] = seen.pad(context.with_earlier(keys))
-        if cache is not None and context.past_max > 0:
+        continues = cache is not None and context.past_max > 0
+        if cache is not None and continues:
             known = [cache.stored_of(context).transpose(1, 2)]
         parts = zip(layout.pad(queries), known, layout.pad(weights), layout.pad(context.positions), strict=True)
-        return [self._seen(*part) for part in parts]
+        return [self._selected(*part, ends_with_keys=not continues) for part in parts]
 
-    def _seen(self, queries: Tensor, keys: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
-        """queries [S, L, H, D], keys [S, K, 1, D], weights [S, L, H], positions [S, L] -> [S, L, K] bool."""
-        scores = index_scores(queries, keys[:, :, 0], weights)
-        later = torch.arange(scores.shape[2], device=scores.device) > positions[..., None]
-        return as_mask(select_topk(scores.masked_fill_(later, float("-inf")), self.top_k), scores.shape[2])
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _selected(
+        self, queries: Tensor, keys: Tensor, weights: Tensor, positions: Tensor, *, ends_with_keys: bool
+    ) -> Tensor:
+        """queries [S, L, H, D], keys [S, K, 1, D], weights [S, L, H], positions [S, L] -> [S, L, min(top_k, K)] int32.
+
+        `ends_with_keys`: the last query is of the last key's token, so earlier queries need not look at later keys.
+        """
+        sequences, length, known = *queries.shape[:2], keys.shape[1]
+        selected = queries.new_full((sequences, length, min(self.top_k, known)), -1, dtype=torch.int32)
+        for rows in chunks(length, sequences * known * self.heads):
+            seen = known - length + rows.stop if ends_with_keys else known
+            scores = index_scores(queries[:, rows], keys[:, :seen, 0], weights[:, rows])
+            later = torch.arange(seen, device=scores.device) > positions[:, rows, None]
+            best = select_topk(scores.masked_fill_(later, float("-inf")), self.top_k)
+            # In the order of the sequence, whatever the scores: then sums over them do not depend on rounding.
+            ordered = best.where(best >= 0, seen).sort(-1).values
+            selected[:, rows, : ordered.shape[-1]] = ordered.where(ordered < seen, -1)
+        return selected
 
 
 class SharedIndex(nn.Module):
@@ -154,13 +174,6 @@ def select_topk(scores: Tensor, count: int) -> Tensor:
     return indices[..., :count].masked_fill_(values[..., :count] == float("-inf"), -1)
 
 
-def as_mask(selected: Tensor, keys: int) -> Tensor:
-    """selected [..., k] with -1 for none -> [..., keys] bool."""
-    places = selected.where(selected >= 0, keys)  # one place too many, cut off again
-    mask = torch.zeros(*selected.shape[:-1], keys + 1, dtype=torch.bool, device=selected.device)
-    return mask.scatter_(-1, places, True)[..., :keys]
-
-
 @seam
 def sparse_attend(
     q: Tensor,
@@ -172,24 +185,16 @@ def sparse_attend(
     selection: Selection,
     cache: KeysAndValues | None = None,
 ) -> Tensor:
-    """`prl.blocks.attend.attend` over selected tokens only: [T, H, D]. A reference: masks, no gather."""
+    """`prl.blocks.attend.attend` over selected tokens only: [T, H, D]. Work and memory are those of the selected."""
     layout, seen = rectangles(context)
-    keys: Iterable[Tensor] = seen.pad(k)
-    values: Iterable[Tensor] = seen.pad(v)
+    keys: Iterable[Tensor] = list(seen.pad(k))
+    values: Iterable[Tensor] = keys if v is k else seen.pad(v)
     if cache is not None:
         cache.write(k, v, context)
         if context.past_max > 0:
             keys, values = ([cached.transpose(1, 2)] for cached in cache.read(context))
     parts = zip(layout.pad(q), keys, values, selection, strict=True)
-    return layout.unpad([_masked(*part, scale=scale) for part in parts])
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
-    """q [S, L, H, D], k and v [S, K, G, D], mask [S, L, K] -> [S, L, H, D]."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return layout.unpad([attend_to_selected(*part, scale=scale) for part in parts])
 
 
 def rectangles(context: Context) -> tuple[Padding, Padding]:

@@ -5,7 +5,8 @@ the key that heads share. Two ways to the same result:
 
     expanded   every head's keys and values are computed from the latents: cheapest when all tokens are new
     absorbed   queries are taken into the latent space and attend to the latents themselves: grouped-query attention
-               with one key head of kv_rank + rope_dim, which is all a cache must hold
+               with one key head of kv_rank + rope_dim, which is all a cache must hold, and all that must be fetched
+               for a query that sees tokens of its own selection
 
 Latents are also all that ranks which share a sequence must exchange.
 """
@@ -110,15 +111,16 @@ class MultiHeadLatentAttention(nn.Module):
         if context.past_max == 0:
             if cache is not None:
                 cache.latents.write(latent[:, None], latent[:, None], context)
-            mixed = self.expanded(q_nope, q_rope, context.with_earlier(latent), context, selection=selection)
+            latent = context.with_earlier(latent)
+        if context.past_max == 0 and selection is None:
+            mixed = self.expanded(q_nope, q_rope, latent, context)
         else:
-            mixed = self.absorbed(q_nope, q_rope, latent, context, selection=selection, cache=cache and cache.latents)
+            continued = cache.latents if cache is not None and context.past_max > 0 else None
+            mixed = self.absorbed(q_nope, q_rope, latent, context, selection=selection, cache=continued)
         projected: Tensor = self.o_proj(mixed.flatten(1))
         return projected
 
-    def expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, context: Context, *, selection: Selection | None
-    ) -> Tensor:
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, context: Context) -> Tensor:
         """q_nope [T, H, nope], q_rope [T, H, rope], latent [T, kv_rank + rope] -> [T, H, value_dim].
 
         Where ranks share sequences `latent` has the earlier tokens too.
@@ -130,7 +132,7 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, sizes.heads, -1)), 2)
         # Fused attention kernels want values of the keys' size.
         padded = functional.pad(v, (0, sizes.qk_dim - sizes.value_dim))
-        return _attend(q, k, padded, context, scale=self.scale, selection=selection)[..., : sizes.value_dim]
+        return attend(q, k, padded, context, scale=self.scale)[..., : sizes.value_dim]
 
     def absorbed(
         self,
@@ -142,9 +144,9 @@ class MultiHeadLatentAttention(nn.Module):
         selection: Selection | None,
         cache: SharedKeyCache | None = None,
     ) -> Tensor:
-        """The same as `expanded`; also for tokens that continue those in `cache`."""
+        """The same as `expanded`; also for selected tokens, and for tokens that continue those in `cache`."""
         sizes = self.sizes
-        per_head = torch.unflatten(self.kv_b_proj.weight, 0, (sizes.heads, -1))
+        per_head = torch.unflatten(self.kv_b_proj.as_served("weight"), 0, (sizes.heads, -1))
         to_key, to_value = per_head[:, : sizes.nope_dim], per_head[:, sizes.nope_dim :]  # [H, ..., kv_rank]
         q_latent = torch.bmm(q_nope.transpose(0, 1), to_key).transpose(0, 1)  # [T, H, kv_rank]
         q, k = torch.cat((q_latent, q_rope), 2), latent[:, None]

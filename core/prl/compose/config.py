@@ -191,9 +191,8 @@ class TrainerSection:
     context: int = option(1, help="ranks that share every sequence (context parallelism)", validator=positive)
     context_attention: Literal["auto", "ulysses", "gather"] = option(
         "auto",
-        help="how grouped-query attention works over the ranks of context: ulysses, each rank with some of the heads on "
-        "all tokens; gather, with all heads on its own tokens, which need the keys of all earlier ones; auto: ulysses "
-        "where context divides the heads",
+        help="how grouped-query attention works over the ranks of context: ulysses, each some heads on all tokens; "
+        "gather, each all heads on its own tokens; auto: ulysses where context divides the heads",
     )
     expert: int = option(
         1, help="ranks that the experts of a layer are divided over, out of shard x context", validator=positive
