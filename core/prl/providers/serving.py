@@ -57,7 +57,7 @@ class EngineClient(Protocol):
     async def resume(self) -> None: ...
 
     async def statistics(self) -> Mapping[str, float]:
-        """At least `version`, `running`, `waiting`, `generated_tokens` (total), `busy_seconds` (total)."""
+        """Names of `prl.serve.metrics`: at least `version`, `generated_tokens`, `busy_seconds` and `EngineLoad`'s."""
 
     async def aclose(self) -> None: ...
 
