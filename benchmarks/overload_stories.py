@@ -4,7 +4,7 @@
 
 Needs the CPU build of vLLM. One JSON object a line: seconds, groups in flight, groups arrived, and the loads of the
 engines as `EngineLoad` has them. `storm`: caches too small for what runs; `queue`: more requests than decode at once,
-until no new ones come.
+until no new ones come; `calm`: fewer than fit.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def main() -> None:
     small, large = "engine.kv_cache_bytes=8388608", "engine.kv_cache_bytes=67108864"
     record(folder / "storm.jsonl", small, "engine.sequences=64", groups=12, tokens=480, seconds=60.0)
     record(folder / "queue.jsonl", large, "engine.sequences=8", groups=12, tokens=300, seconds=40.0, quiet=24.0)
+    record(folder / "calm.jsonl", large, "engine.sequences=64", groups=2, tokens=200, seconds=15.0)
 
 
 if __name__ == "__main__":

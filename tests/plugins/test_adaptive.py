@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import attrs
@@ -132,6 +134,63 @@ def test_an_engine_that_starts_again_has_preempted_nobody() -> None:
     told.tell(load(preemptions=50), running=10)
     assert told.limit.value == 8
     assert told.tell(load(preemptions=0), running=8) == (8, None)
+
+
+# --- recorded stories -------------------------------------------------------------------------------------------------
+# Recorded by benchmarks/overload_stories.py: as many groups of 4 in flight as the story says, whatever a limit says.
+def story(name: str) -> list[dict[str, Any]]:
+    lines = (Path(__file__).parent / "overload" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def course(polls: Sequence[dict[str, Any]], *, start: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """([(limit, for how many polls)], [what the pool was cut to, when it was])."""
+    limit, values, cuts = Limit(start=start, most=64), list[int](), list[int]()
+    for poll in polls:
+        loads = [EngineLoad(**said) for said in poll["loads"]]
+        cut = limit.observe(poll["at"], loads, running=poll["running"], arrived=poll["arrived"], group_size=4)
+        values.append(limit.value)
+        cuts += [cut] if cut is not None else []
+    return [(value, len(list(same))) for value, same in groupby(values)], cuts
+
+
+def test_a_storm_of_preemptions_is_cut_to_what_fits() -> None:
+    """48 sequences of up to 480 tokens in 8192: 718 preemptions in a minute. 16 have room at full length: 4 groups."""
+    storm = story("storm")
+    assert (storm[-1]["loads"][0]["preemptions"], storm[-1]["arrived"]) == (718, 123)
+    assert course(storm, start=0)[0] == [(4, 19), (3, 32)]
+    limits, cuts = course(storm, start=12)
+    assert limits == [(12, 1), (8, 18), (6, 32)]
+    assert cuts[0] == 8
+    assert set(cuts) == {8, 9}
+
+
+def test_a_queue_that_stays_is_cut_once_while_the_pool_does_not_shrink() -> None:
+    """48 sequences for 8 places, nobody preempted, caches nearly empty: preemptions alone would see nothing."""
+    queue = story("queue")
+    assert max(poll["loads"][0]["kv_usage"] for poll in queue) < 0.05
+    assert course(queue, start=12) == ([(12, 5), (10, 30)], [])
+
+
+def test_an_engine_that_recovers_is_cut_again_only_by_a_new_queue() -> None:
+    """The same queue, and again after the pool has emptied: the second cut is the harder one, if it comes soon."""
+    queue = story("queue")
+    again = [{**poll, "at": poll["at"] + 40.0, "arrived": poll["arrived"] + 60} for poll in queue]
+    assert course([*queue, *again], start=12)[0] == [(12, 5), (10, 35), (9, 30)]
+    soon = [*queue[:6], *queue[-3:], *queue[:8]]
+    assert course(soon, start=12)[0] == [(12, 5), (10, 9), (5, 3)]
+
+
+def test_a_calm_engine_bears_more_and_more() -> None:
+    """Two groups in flight: the limit outgrows them, and stops where it is not what holds them back."""
+    assert course(story("calm"), start=2) == ([(2, 2), (3, 2), (4, 7)], [])
+
+
+def test_a_lost_engine_takes_its_share_along_until_it_is_back() -> None:
+    calm = story("calm")
+    both = [{**poll, "running": 0, "loads": [*poll["loads"], {**poll["loads"][0], "engine": 1}]} for poll in calm[:9]]
+    lost = [*both[:3], *({**poll, "loads": poll["loads"][:1]} for poll in both[3:6]), *both[6:]]
+    assert course(lost, start=20) == ([(20, 3), (10, 3), (20, 3)], [])
 
 
 # --- with another scheduler -------------------------------------------------------------------------------------------
