@@ -23,6 +23,8 @@ class Engine(Provider):
     """engine process: `async (EngineContext) -> None`; runs until cancelled. See `prl.weights.engines`."""
     connect: Ref
     """environment workers and controller: `(url, token) -> EngineClient`"""
+    join: Ref = ""
+    """engine-part process, for engines that span nodes (`EngineConfig.spans`): `async (EngineContext) -> None`"""
     reports_routes: bool = False
     """It can say which experts tokens were sent to (`routes_from`)."""
 
