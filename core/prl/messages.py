@@ -14,7 +14,7 @@ import attrs
 from prl.checkpoint_dir import FileRecord
 from prl.types import Batch, Group, Manifest, Sample, Sampling, TaskRef
 
-Role: TypeAlias = Literal["environment", "engine", "trainer"]
+Role: TypeAlias = Literal["environment", "engine", "engine-part", "trainer"]
 
 
 # --- any worker -> controller -----------------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ ROLES = {
     "controller": "prl.dispatch.controller",
     "environment": "prl.rollout.worker",
     "engine": "prl.weights.engines",
+    "engine-part": "prl.weights.engine_parts",
     "replay": "prl.replay.worker",
     "trainer": "prl.train.agent",
     "trainer-rank": "prl.train.worker",
 }
 """Role -> module whose `main` runs it."""
-INDEXED = frozenset({"environment", "engine", "trainer"})
+INDEXED = frozenset({"environment", "engine", "engine-part", "trainer"})
 """Roles whose `main` is told its index; a trainer rank reads RANK from its environment."""
 PARENT_POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -247,7 +247,7 @@ def test_the_scheduler_sees_the_pipeline_as_it_is():
         progress.served, progress.formed = 3, 4
         progress.change.notify()
         await settle()
-        assert stage.scheduler.seen[-1] == Pipeline(version=3, next_version=4, ready=1, running=2)
+        assert stage.scheduler.seen[-1] == Pipeline(version=3, next_version=4, ready=1, running=2, arrived=1)
         assert stage.dispatcher.running == 2
 
     play(scene)

@@ -401,14 +401,19 @@ def test_what_an_array_cannot_be_is_refused() -> None:
 
 
 # --- the large configs ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["glm5_1", "kimi_k2_7", "nemotron3_ultra"])
-def test_the_large_configs_ask_for_28_nodes_of_8_devices(name: str) -> None:
+@pytest.mark.parametrize(("name", "spans"), [("glm5_1", 4), ("kimi_k2_7", 2), ("nemotron3_ultra", 2)])
+def test_the_large_configs_ask_for_28_nodes_of_8_devices(name: str, spans: int) -> None:
     config = Path(__file__).parents[2] / "configs" / f"{name}_swe_28xh200.toml"
     composition = compose(config, probe=False)
     large = plan(composition, RunDir(RUN))
     lines = script.job(large, cast(SlurmConfig, composition.run.launcher)).splitlines()
     assert {"#SBATCH --nodes=28", "#SBATCH --gres=gpu:8", "#SBATCH --exclusive"} <= set(lines)
     nodes = Nodes.given(large, cast(SlurmConfig, composition.run.launcher), [[f"n{i}" for i in range(28)]])
+    engines = {p.name: (nodes.place(p).host, p.gpus) for p in large.processes if p.role.startswith("engine")}
+    assert [engines.pop(f"engine-{index}") for index in range(12 // spans)] == [
+        (f"n{first}", 8) for first in range(0, 12, spans)
+    ]
+    assert sorted(engines.values()) == sorted((f"n{i}", 8) for i in range(12) if i % spans)
     agents = [process for process in large.processes if process.role == "trainer"]
     assert [nodes.place(agent).host for agent in agents] == [f"n{i}" for i in range(12, 28)]
     assert {(agent.gpus, agent.first_gpu) for agent in agents} == {(8, 0)}

@@ -11,6 +11,7 @@ import aiohttp
 import numpy as np
 import pytest
 from prl.errors import InfrastructureError
+from prl.serve.metrics import STATISTICS
 from prl.types import Sampling, StopReason
 
 from tests.plugins.served_engine import TOKEN, Served, serving
@@ -63,6 +64,24 @@ def test_nothing_is_generated_before_the_first_weights(tmp_path: Path) -> None:
         assert completion.versions.tolist() == [7] * 3
 
     served(tmp_path, test, empty=True)
+
+
+def test_statistics_are_those_of_every_engine(tmp_path: Path) -> None:
+    async def test(engine: Served) -> None:
+        idle = await engine.client.statistics()
+        assert idle.keys() == STATISTICS.keys()
+        assert (idle["sequences"], idle["length"], idle["kv_tokens"]) == (8, 256, 8 * 256)
+        assert (idle["kv_usage"], idle["preemptions"]) == (0, 0)
+        asking = asyncio.ensure_future(engine.client.generate(PROMPT, Sampling(max_tokens=200), stop=[], n=2))
+        await engine.until("generated_tokens", 40)
+        await engine.client.pause()
+        held = await engine.client.statistics()
+        tokens = 2 * len(PROMPT) + held["generated_tokens"] - 2  # the newest of each is not computed with yet
+        assert held["kv_usage"] == tokens / (16 * 256)  # 8 rows that decode, 8 that keep prompts
+        await engine.client.resume()
+        await asking
+
+    served(tmp_path, test)
 
 
 def test_paused_requests_are_kept(tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import attrs
 import pytest
+from prl.compose import describe
 from prl.compose.compose import Composition, compose
+from prl.compose.plan import plan
 from prl.errors import ConfigError
-from prl_vllm import release
+from prl.run_dir import RunDir
+from prl_vllm import release, spanning
 from prl_vllm.arguments import arguments, command_line, environment
 from prl_vllm.config import VllmConfig
+from prl_vllm.spanning import Meeting
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "spell_backward.toml"
@@ -179,3 +183,75 @@ def test_an_engine_of_eight_gpus_becomes_one_command_line(
     assert connector["kv_connector_extra_config"]["secondary_tiers"] == [{"type": "fs", "root_dir": "kv"}]
     assert {"--enable-expert-parallel", "--enable-eplb"} <= set(words)
     assert environment(run.engine, cpu=False)["VLLM_USE_DEEP_GEMM"] == "1"
+
+
+# --- engines that span nodes ------------------------------------------------------------------------------------------
+def wide(nodes: int) -> Composition:
+    """An engine of `nodes` nodes of 8 devices, a copy of the attention on each device, experts over all."""
+    parallel = f"{{nodes={nodes}, data={8 * nodes}, experts=true}}"
+    return composed(*GPUS, f"engine.nodes={nodes}", f"engine.parallel={parallel}")
+
+
+@pytest.mark.parametrize("nodes", [4, 8])
+def test_one_engine_on_32_and_64_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: int) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    run, whole = wide(nodes).run, plan(wide(nodes), RunDir(tmp_path))
+    parts = [p for p in whole.processes if p.role in ("engine", "engine-part")]
+    ranks = [f"data ranks {8 * i}-{8 * i + 7} of {8 * nodes}" for i in range(nodes)]
+    assert [(p.name, p.node, p.gpus, p.share) for p in parts] == [
+        (("engine-0" if i == 0 else f"engine-part-{i - 1}"), i, 8, ranks[i]) for i in range(nodes)
+    ]
+    assert parts[1].argv[-4:] == ("--role", "engine-part", "--index", "0")
+    meeting = Meeting(address="10.0.0.1", port=5555, life="a")
+    assert isinstance(run.engine, VllmConfig)
+    common = arguments(run, run.engine, DENSE, model=Path("m"), cpu=False)
+    assert (common["data_parallel_size"], common["tensor_parallel_size"]) == (8 * nodes, 1)
+    assert common["enable_expert_parallel"] is True
+    own = [spanning.arguments(run.engine.parallel, node, meeting) for node in range(nodes)]
+    where = {"data_parallel_address": "10.0.0.1", "data_parallel_rpc_port": 5555, "data_parallel_size_local": 8}
+    assert own[0] == where
+    assert own[1:] == [{**where, "data_parallel_start_rank": 8 * node} for node in range(1, nodes)]
+
+
+def test_the_plan_shows_what_each_node_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    rows = describe.processes(plan(wide(4), RunDir(tmp_path)))
+    assert rows[2:6] == [
+        ["engine-0 (data ranks 0-7 of 32)", "inference 0", "1", "0-7", "hello"],
+        ["engine-part-0 (data ranks 8-15 of 32)", "inference 1", "1", "0-7", "-"],
+        ["engine-part-1 (data ranks 16-23 of 32)", "inference 2", "1", "0-7", "-"],
+        ["engine-part-2 (data ranks 24-31 of 32)", "inference 3", "1", "0-7", "-"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edits", "sentence"),
+    [
+        (("engine.nodes=2", "engine.parallel={nodes=2, data=3}"), "data = 3 copies cannot be spread over"),
+        (("engine.nodes=3", "engine.parallel={nodes=2, data=2}"), "must be 2, engine.count = 1 engines of 2 nodes"),
+        (
+            ("engine.nodes=2", "engine.parallel={nodes=2, data=2}", 'engine.servers=["http://127.0.0.1:1"]'),
+            "whoever starts them spreads them over nodes",
+        ),
+        (("engine.options.data_parallel_rpc_port=9",), "is decided by engine.parallel.nodes"),
+        (("engine.options.data_parallel_hybrid_lb=true",), "one server spreads requests over all copies"),
+    ],
+)
+def test_rules_of_engines_that_span_nodes(
+    monkeypatch: pytest.MonkeyPatch, edits: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    assert sentence in refusal(*GPUS, *edits)
+
+
+def test_experts_must_be_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "cpu_build", lambda: False)
+    plugins = ("model.type=glm-5.1", "model.experts=12", "engine.nodes=1")
+    with pytest.raises(ConfigError) as error:
+        compose(
+            CONFIG,
+            plugins="vllm,glm5",
+            overrides=['engine.type="vllm"', *GPUS, *plugins, "engine.parallel={data=8, experts=true}"],
+            probe=False,
+        )
+    assert "over 8 devices; 4 redundant experts can" in error.value.problems[0].message

@@ -11,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 from prl.errors import InfrastructureError
+from prl.serve.metrics import STATISTICS
 from prl.types import Manifest, Sampling, StopReason, TensorRecord
 
 from tests.plugins.served_vllm import Served, k3, needs_vllm, serving
@@ -33,6 +34,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def version(engine: Served) -> int:
     """The version being served."""
     return int(engine.statistics()["version"])
+
+
+def test_statistics_are_those_of_every_engine(engine: Served) -> None:
+    said = engine.statistics()
+    assert said.keys() == STATISTICS.keys()
+    assert (said["sequences"], said["length"]) == (16, LENGTH)
+    assert said["kv_tokens"] >= 16 * LENGTH
+    assert 0 <= said["kv_usage"] < 1
 
 
 # --- what it samples --------------------------------------------------------------------------------------------------

@@ -68,7 +68,13 @@ def _nodes(run: Run) -> Iterable[Problem]:
     if run.trainer.ranks % run.trainer.nodes:
         ranks, nodes = run.trainer.ranks, run.trainer.nodes
         yield Problem("trainer.ranks", f"must be a multiple of trainer.nodes ({nodes}), got {ranks}")
-    if run.engine.count < run.engine.nodes:
+    if run.engine.spans > 1 and run.engine.nodes != run.engine.count * run.engine.spans:
+        yield Problem(
+            "engine.nodes",
+            f"must be {run.engine.count * run.engine.spans}, engine.count = {run.engine.count} engines of "
+            f"{run.engine.spans} nodes each, got {run.engine.nodes}",
+        )
+    elif run.engine.spans == 1 and run.engine.count < run.engine.nodes:
         yield Problem("engine.nodes", f"must be <= engine.count ({run.engine.count}), got {run.engine.nodes}")
 
 

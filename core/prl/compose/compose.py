@@ -59,9 +59,13 @@ class Composition:
             raise PluginError(f"{owner} cannot load {ref}: {type(error).__name__}: {error}{_origin(error)}") from error
 
     def build(self, section: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the provider's `build` makes of a section."""
+        """What the provider's `build` makes of a section.
+
+        A section of the same kind inside it is built first, with the same arguments, and given under its field's name.
+        """
         builder = self.load(getattr(self.provider(section), "build"))  # noqa: B009 - not every kind has one
-        return builder(section, *args, **kwargs)
+        inner = {name: self.build(value, *args) for name, value in _within(section)}
+        return builder(section, *args, **kwargs, **inner)
 
     def sections(self) -> list[tuple[str, Any]]:
         """(dotted path, config object) of every section that a plugin provides, in the order of `Run`."""
@@ -71,12 +75,23 @@ class Composition:
 def _sections(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, tuple(SECTION_KINDS)):
         yield path, value
+        for name, inner in _within(value):
+            yield from _sections(inner, f"{path}.{name}")
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from _sections(item, f"{path}[{index}]")
     elif attrs.has(type(value)):
         for field in attrs.fields(type(value)):
             yield from _sections(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
+
+
+def _within(section: Any) -> Iterator[tuple[str, Any]]:
+    """(field, section) of the sections of its own kind that a section has."""
+    base = next(base for base in SECTION_KINDS if isinstance(section, base))
+    for field in attrs.fields(type(section)):
+        value = getattr(section, field.name)
+        if isinstance(value, base):
+            yield field.name, value
 
 
 def _origin(error: BaseException) -> str:

@@ -72,6 +72,15 @@ class EngineConfig:
         """Devices of one engine."""
         return 1
 
+    @property
+    def spans(self) -> int:
+        """Nodes of one engine: a process of its own on each, the first of which is the engine to the others."""
+        return 1
+
+    def share_of(self, node: int) -> str:
+        """For people: what of an engine that spans nodes is on which of them."""
+        return f"node {node} of {self.spans}"
+
     def kind_of(self, index: int) -> str:
         """Which part of the work that engine does, where engines divide it: `prefill` or `decode`."""
         del index

@@ -18,7 +18,8 @@ def processes(plan: LaunchPlan) -> list[list[str]]:
     """One row per process."""
     rows = [["PROCESS", "NODE", "CPUS", "GPUS", "ANNOUNCED BY"]]
     for process in plan.processes:
-        name = f"{process.name} ({process.kind})" if process.kind else process.name
+        about = ", ".join(filter(None, (process.kind, process.share)))
+        name = f"{process.name} ({about})" if about else process.name
         where = f"{process.group} {process.node}"
         rows.append([name, where, str(process.cpus), _devices(process), process.announced or "-"])
     return rows

@@ -1,7 +1,8 @@
 """Which processes a run consists of, and which of them share a node: what every launcher is given.
 
     group       nodes            what runs there
-    inference   engine.nodes     controller (node 0), engines in contiguous blocks, environment workers in turn
+    inference   engine.nodes     controller (node 0), engines in contiguous blocks, environment workers in turn;
+                                 an engine that spans nodes has an engine-part on each but its first
     trainer     trainer.nodes    one elastic agent per node, which starts that node's ranks
 
 A group says what each of its nodes must offer. Whether groups have nodes of their own, and which machines those are, is
@@ -18,7 +19,7 @@ from typing import Literal
 import attrs
 
 from prl.compose.compose import Composition
-from prl.compose.config import FailureSection
+from prl.compose.config import EngineConfig, FailureSection
 from prl.providers import Environment
 from prl.run_dir import RunDir
 
@@ -30,7 +31,7 @@ class Process:
     """One process to start."""
 
     role: str
-    """`controller`, `engine`, `environment` or `trainer` (the elastic agent, which starts its ranks itself)."""
+    """`controller`, `engine`, `engine-part`, `environment` or `trainer` (the elastic agent, which starts its ranks)."""
     index: int
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -42,6 +43,8 @@ class Process:
     """Its devices are this one and those that follow, among those that its group has on the node."""
     kind: str = ""
     """Of engines that divide the work: `prefill` or `decode`."""
+    share: str = ""
+    """For people: what of an engine that spans nodes this process has."""
     group: str = "inference"
     node: int = 0
     """Which of the group's nodes."""
@@ -94,19 +97,49 @@ def plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
 def _inference(composition: Composition, run_dir: RunDir) -> list[Process]:
     run = composition.run
     cuda, nodes, count = run.trainer.device == "cuda", run.engine.nodes, run.engine.count
+    spans = run.engine.spans
+    gpus = run.engine.gpus // spans if cuda else 0
     engines = [
         _process(
             *(run_dir, "engine", index),
             node=index * nodes // count,
-            gpus=run.engine.gpus if cuda else 0,
+            gpus=gpus,
             kind=run.engine.kind_of(index),
+            share=run.engine.share_of(0) if spans > 1 else "",
             announced="hello",
         )
         for index in range(count)
     ]
+    parts = [
+        _process(
+            *(run_dir, "engine-part", part.number),
+            node=part.engine * spans + part.node,
+            gpus=gpus,
+            kind=run.engine.kind_of(part.engine),
+            share=run.engine.share_of(part.node),
+        )
+        for part in parts_of(run.engine)
+    ]
     workers = 0 if _all_cheap(composition) else run.rollouts.workers
     environments = [_process(run_dir, "environment", index, node=index % nodes) for index in range(workers)]
-    return [_process(run_dir, "controller", 0, announced="controller.json"), *engines, *environments]
+    return [_process(run_dir, "controller", 0, announced="controller.json"), *engines, *parts, *environments]
+
+
+@attrs.frozen
+class Part:
+    """What an engine that spans nodes has on one that is not its first."""
+
+    number: int
+    """Among all parts of all engines: the process's index."""
+    engine: int
+    node: int
+    """Of the engine's nodes, from 1."""
+
+
+def parts_of(engine: EngineConfig) -> list[Part]:
+    """Every part, in the order of the nodes."""
+    pairs = [(index, node) for index in range(engine.count) for node in range(1, engine.spans)]
+    return [Part(number, index, node) for number, (index, node) in enumerate(pairs)]
 
 
 def _trainer(composition: Composition, run_dir: RunDir) -> list[Process]:
@@ -151,6 +184,7 @@ def _process(
     cpus: int = 1,
     gpus: int = 0,
     kind: str = "",
+    share: str = "",
     group: str = "inference",
     node: int = 0,
     announced: Announced = "",
@@ -165,6 +199,7 @@ def _process(
         cpus=cpus,
         gpus=gpus,
         kind=kind,
+        share=share,
         group=group,
         node=node,
         announced=announced,

@@ -92,6 +92,8 @@ class Survivors:
 
     def welcome(self, peer: bytes, hello: Hello) -> None:
         """A successor; RunError when it has other tasks than the run was begun with."""
+        if hello.role == "engine-part":
+            return  # it is its engine's to notice
         if hello.role == "engine":
             self.engines.replace(hello.index, hello.url, self.connect(hello.url))
             return

@@ -19,7 +19,7 @@ Each loop, what it waits for, and who unblocks it:
     write       a report                           train, evaluate
     trackers    a line                             write
     state       something new, twice a second      write, and every change of status
-    engines     a poll, once per step              write; a group that an engine failed
+    engines     a poll, once per step, or a time   write; a group that an engine failed; a scheduler that watches
     checkpoints a cut, then every rank's part      train; trainer ranks
     sweep       a step                             train
     stop        the stop file                      `prl stop`, the launcher
@@ -43,6 +43,7 @@ import asyncio
 import gc
 import logging
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -65,7 +66,7 @@ from prl.ledger import facts
 from prl.ledger.event_log import EventLog
 from prl.ledger.writer import Ledger
 from prl.messages import Hello, Stop
-from prl.providers import RunInfo
+from prl.providers import EngineLoad, LoadAwareScheduler, RunInfo
 from prl.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class Controller:
             if parts is not None:
                 loops_of_parts = (parts.publisher, parts.checkpoints, parts.sweep)
                 background += [loops.create_task(part.run()) for part in loops_of_parts]
-                background.append(loops.create_task(parts.engines.watch()))
+                background.append(loops.create_task(self._watch_engines(parts)))
                 await self._phases(parts)
             self._reporter.queue.close()
             await writer
@@ -290,6 +291,20 @@ class Controller:
         self._ledger.record(facts.Served(version=version, seconds=seconds))
         self._hooks.call("prl_weights_published", version=version, seconds=seconds)
 
+    async def _watch_engines(self, parts: Parts) -> None:
+        """And tell the scheduler how they do, where it wants to know."""
+        scheduler = parts.dispatcher.scheduler
+        if not isinstance(scheduler, LoadAwareScheduler):
+            return await parts.engines.watch()
+
+        def tell(loads: list[EngineLoad]) -> None:
+            at = time.monotonic()
+            self._ledger.record(facts.Loads(at=at, loads=tuple(loads)))
+            parts.dispatcher.observed(at, loads)
+
+        parts.engines.poll()
+        return await parts.engines.watch(tell, every=scheduler.poll_seconds)
+
     def _gauges(self) -> dict[str, float]:
         """What the loops beside the trainer's can say about themselves now."""
         queues = [self._batches.statistics(), self._reporter.queue.statistics(), self._trackers.statistics()]
@@ -300,6 +315,8 @@ class Controller:
             gauges |= {f"dropped/{reason}": count for reason, count in dispatcher.take_dropped().items()}
             gauges |= {"queue/retry": len(dispatcher.feed.waiting), "queue/running": dispatcher.running}
             gauges |= {} if idle is None else {"idle/engine": idle}
+            scheduler = dispatcher.scheduler
+            gauges |= scheduler.gauges() if isinstance(scheduler, LoadAwareScheduler) else {}
         if self._publish_seconds is not None:
             gauges["time/publish"] = self._publish_seconds
         return {**gauges, **{f"queue/{queue.name}": queue.waiting for queue in queues}}

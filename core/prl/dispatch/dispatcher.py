@@ -26,7 +26,7 @@ from prl.dispatch.progress import Progress
 from prl.errors import RunError
 from prl.ledger import facts
 from prl.ledger.facts import FactSink
-from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
+from prl.providers import Drop, EngineLoad, InFlight, LoadAwareScheduler, Pipeline, RolloutScheduler
 from prl.types import Group, Sampling
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Dispatcher:
     _cuts: dict[int, Drop] = attrs.field(factory=dict, init=False)
     _taken: dict[int, Group] = attrs.field(factory=dict, init=False)
     """Groups of the batches that were formed, until they are trained."""
+    _arrived: int = attrs.field(default=0, init=False)
     _outcomes: deque[bool] = attrs.field(init=False)
     """Of the last groups: whether each was lost to a failure."""
 
@@ -77,12 +78,21 @@ class Dispatcher:
 
     def capacity(self) -> int:
         """How many groups may start now, where an engine serves."""
-        ready, running = len(self.buffer), len(self._in_flight)
-        pipeline = Pipeline(
-            version=self.progress.served, next_version=self.progress.formed, ready=ready, running=running
-        )
+        pipeline = self.pipeline
         steps = min(self.progress.steps - self.progress.formed, _MOST_STEPS_AHEAD)
-        return min(self.scheduler.capacity(pipeline), steps * self.rollouts.groups_per_step - ready - running)
+        left = steps * self.rollouts.groups_per_step - pipeline.ready - pipeline.running
+        return min(self.scheduler.capacity(pipeline), left)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return Pipeline(
+            version=self.progress.served,
+            next_version=self.progress.formed,
+            ready=len(self.buffer),
+            running=len(self._in_flight),
+            arrived=self._arrived,
+            group_size=self.rollouts.group_size,
+        )
 
     def start(self) -> Issue:
         """The next task is in flight from now on."""
@@ -116,6 +126,7 @@ class Dispatcher:
     # --- what becomes of them -----------------------------------------------------------------------------------------
     def arrived(self, group: Group) -> None:
         """A group came back from its flight: it is ready, or goes back to the feed."""
+        self._arrived += 1
         self._outcomes.append(False)
         self.on_group(group, self.progress.served)
         drop = self.scheduler.admit(group, self.progress.formed)
@@ -202,8 +213,18 @@ class Dispatcher:
 
     def published(self, version: int) -> None:
         """Every engine serves `version`: cut what the scheduler no longer wants."""
-        for drop in self.scheduler.on_publish(version, list(self._in_flight.values())):
-            self._cuts[drop.group_id] = drop
+        self._cut(self.scheduler.on_publish(version, list(self._in_flight.values())))
+
+    def observed(self, at: float, loads: Sequence[EngineLoad]) -> None:
+        """The engines said how they do: let a scheduler that wants to know change its mind."""
+        if isinstance(self.scheduler, LoadAwareScheduler):
+            wanted = [group for group in self._in_flight.values() if group.group_id not in self._cuts]
+            self._cut(self.scheduler.observe(at, loads, self.pipeline, wanted))
+            self.progress.change.notify()
+
+    def _cut(self, drops: Iterable[Drop]) -> None:
+        for drop in drops:
+            self._cuts.setdefault(drop.group_id, drop)
             self.placement.cut(drop.group_id, drop.reason)
 
     def pending(self) -> list[Group]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal
 
 import attrs
@@ -18,11 +19,13 @@ from prl.dispatch.change import Change
 from prl.errors import InfrastructureError
 from prl.ledger import facts
 from prl.ledger.facts import FactSink
-from prl.providers import EngineClient
+from prl.providers import EngineClient, EngineLoad
 
 log = logging.getLogger(__name__)
 
 _STATISTICS_TIMEOUT = 30.0  # seconds
+
+Tell = Callable[[list[EngineLoad]], None]
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -173,19 +176,25 @@ class EnginePool:
         shares = [engine.busy for engine in self.serving if engine.busy is not None]
         return 1.0 - sum(shares) / len(shares) if shares else None
 
-    async def watch(self) -> None:
+    async def watch(self, tell: Tell | None = None, *, every: float | None = None) -> None:
+        """Until cancelled: whenever asked to, and every so many seconds; `tell` hears what those that answer say."""
         while True:
-            await self.change.until(lambda: self._poll_due)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(every):
+                    await self.change.until(lambda: self._poll_due)
             self._poll_due = False
-            async with asyncio.TaskGroup() as checks:
-                for engine in self.serving:
-                    checks.create_task(self._check(engine))
+            async with asyncio.TaskGroup() as group:
+                checks = [group.create_task(self._check(engine)) for engine in self.serving]
+            if tell is not None:
+                tell([load for check in checks if (load := check.result()) is not None])
 
-    async def _check(self, engine: Engine) -> None:
+    async def _check(self, engine: Engine) -> EngineLoad | None:
         try:
             async with asyncio.timeout(_STATISTICS_TIMEOUT):
                 statistics = await engine.client.statistics()
         except (InfrastructureError, TimeoutError) as error:
             self.evict(engine, f"no statistics: {error}")
-        else:
-            engine.report(statistics["busy_seconds"], self._clock())
+            return None
+        engine.report(statistics["busy_seconds"], self._clock())
+        names = (field.name for field in attrs.fields(EngineLoad) if field.name != "engine")
+        return EngineLoad(engine=engine.index, **{name: float(statistics.get(name, 0.0)) for name in names})

@@ -1,6 +1,6 @@
 """What the event log keeps of a run: everything that its controller did not decide, and when it decided what.
 
-    given from outside   Arrived, Dropped (lost in flight), Demonstrated, Trained, Served: their order and their columns
+    given from outside   Arrived, Dropped (lost in flight), Demonstrated, Trained, Served, Loads: order and columns
     decided              Issued, Arrived.admitted, Dropped (cut, refused), Taken: told so that a replay can be compared
 
 Events are made from the facts that the controller tells the ledger, in their order. A file begins with `Begun` and
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 
 from prl.dispatch.feed import Issue
 from prl.ledger import facts
+from prl.providers import EngineLoad
 from prl.types import Group, Sample
 
 
@@ -102,6 +103,14 @@ class Served:
     version: int
 
 
+@attrs.frozen(kw_only=True)
+class Loads:
+    """The scheduler was told how the engines do."""
+
+    at: float
+    loads: tuple[EngineLoad, ...]
+
+
 @attrs.frozen
 class Cut:
     """A checkpoint of the step has the controller's state as it is now."""
@@ -109,8 +118,8 @@ class Cut:
     step: int
 
 
-Event = Begun | Continued | Issued | Arrived | Dropped | Taken | Demonstrated | Trained | Served | Cut
-EVENTS: tuple[type, ...] = (Begun, Continued, Issued, Arrived, Dropped, Taken, Demonstrated, Trained, Served, Cut)
+Event = Begun | Continued | Issued | Arrived | Dropped | Taken | Demonstrated | Trained | Served | Loads | Cut
+EVENTS: tuple[type, ...] = get_args(Event)
 
 
 @functools.singledispatch
@@ -161,6 +170,11 @@ def _(fact: facts.Served) -> Served:
 
 
 @event_of.register
+def _(fact: facts.Loads) -> Loads:
+    return Loads(at=fact.at, loads=fact.loads)
+
+
+@event_of.register
 def _(fact: facts.Cut) -> Cut:
     return Cut(fact.step)
 
@@ -187,6 +201,8 @@ def sentence(event: Event) -> str:
             return f"step {step} is trained"
         case Served(version):
             return f"version {version} is served"
+        case Loads(loads=loads):
+            return f"the scheduler is told how {len(loads)} engines do"
         case Cut(step):
             return f"a checkpoint of step {step} begins"
         case _:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import attrs
 
 from prl.dispatch.feed import Issue
+from prl.providers import EngineLoad
 from prl.score.credit import Scored
 from prl.types import Batch, Group, Manifest, Sample
 
@@ -144,6 +145,14 @@ class Served:
 
 
 @attrs.frozen(kw_only=True)
+class Loads:
+    """What the scheduler was told of the engines; `at` on its clock."""
+
+    at: float
+    loads: tuple[EngineLoad, ...]
+
+
+@attrs.frozen(kw_only=True)
 class EngineChanged:
     """An engine joined, left (`detail` says why) or committed a version."""
 
@@ -200,6 +209,7 @@ Fact: TypeAlias = (
     | Formed
     | Handed
     | Trained
+    | Loads
     | Served
     | EngineChanged
     | Cut

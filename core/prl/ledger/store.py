@@ -279,7 +279,7 @@ class Store:
         self._insert("checkpoints", launch=self.launch, step=fact.step, path=fact.path, saved_at=at)
 
     @_apply.register
-    def _(self, fact: facts.Taken | facts.Demonstrated | facts.Cut, at: float) -> None:
+    def _(self, fact: facts.Taken | facts.Demonstrated | facts.Cut | facts.Loads, at: float) -> None:
         """What only the event log keeps."""
 
     @_apply.register

@@ -36,9 +36,11 @@ from prl.providers.provider import (
 )
 from prl.providers.rollouts import (
     Drop,
+    EngineLoad,
     Env,
     Environment,
     InFlight,
+    LoadAwareScheduler,
     Pipeline,
     RolloutScheduler,
     Scheduler,
@@ -86,6 +88,7 @@ __all__ = [
     "Drop",
     "Engine",
     "EngineClient",
+    "EngineLoad",
     "Env",
     "Environment",
     "HandingLauncher",
@@ -94,6 +97,7 @@ __all__ = [
     "LanguageModel",
     "Launcher",
     "Limit",
+    "LoadAwareScheduler",
     "Loss",
     "LossFunction",
     "LossInputs",

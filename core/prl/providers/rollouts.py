@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
@@ -58,7 +58,10 @@ class Scheduler(Provider):
     """Rollout scheduler: what may start, what is fresh enough, what to cut. (Slurm is a launcher.)"""
 
     build: Ref
-    """`(config, groups_per_step, clock) -> RolloutScheduler`; clock is `Callable[[], float]` in seconds."""
+    """`(config, groups_per_step, clock) -> RolloutScheduler`; clock is `Callable[[], float]` in seconds.
+
+    A field of the config that is a scheduler's section itself is built first, and given under the field's name.
+    """
 
 
 @attrs.frozen(kw_only=True)
@@ -69,6 +72,22 @@ class Pipeline:
     next_version: int  # version at which the next batch to be formed will be trained (>= version)
     ready: int  # admitted groups waiting to be packed
     running: int  # groups in flight
+    arrived: int = 0  # groups that came back from their flight since the launch began
+    group_size: int = 1  # rollouts of a group
+
+
+@attrs.frozen(kw_only=True)
+class EngineLoad:
+    """What a serving engine said of itself; sequences and tokens are those it computes for anybody."""
+
+    engine: int  # index
+    running: float  # sequences that decode
+    waiting: float  # sequences that wait for room
+    kv_usage: float  # share of the room for keys and values that is taken, 0 to 1
+    preemptions: float  # sequences that lost their room to others, since the engine started
+    sequences: float  # most that decode at once
+    kv_tokens: float  # room for keys and values, in tokens
+    length: float  # most tokens of a sequence
 
 
 @attrs.frozen(kw_only=True)
@@ -111,3 +130,20 @@ class RolloutScheduler(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class LoadAwareScheduler(RolloutScheduler, Protocol):
+    """A scheduler that wants to know how the engines do."""
+
+    @property
+    def poll_seconds(self) -> float:
+        """How often it is told; the first time before anything starts."""
+
+    def observe(
+        self, at: float, loads: Sequence[EngineLoad], pipeline: Pipeline, in_flight: Sequence[InFlight]
+    ) -> Sequence[Drop]:
+        """What the serving engines said, those that answered; `at` is on the scheduler's clock. Which groups to cut?"""
+
+    def gauges(self) -> Mapping[str, float]:
+        """Metrics of the steps: name -> value of now."""

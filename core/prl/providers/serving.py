@@ -23,6 +23,8 @@ class Engine(Provider):
     """engine process: `async (EngineContext) -> None`; runs until cancelled. See `prl.weights.engines`."""
     connect: Ref
     """environment workers and controller: `(url, token) -> EngineClient`"""
+    join: Ref = ""
+    """engine-part process, for engines that span nodes (`EngineConfig.spans`): `async (EngineContext) -> None`"""
     reports_routes: bool = False
     """It can say which experts tokens were sent to (`routes_from`)."""
 
@@ -57,7 +59,7 @@ class EngineClient(Protocol):
     async def resume(self) -> None: ...
 
     async def statistics(self) -> Mapping[str, float]:
-        """At least `version`, `running`, `waiting`, `generated_tokens` (total), `busy_seconds` (total)."""
+        """Names of `prl.serve.metrics`: at least `version`, `generated_tokens`, `busy_seconds` and `EngineLoad`'s."""
 
     async def aclose(self) -> None: ...
 

@@ -44,6 +44,7 @@ from prl.ledger.events import (
     Dropped,
     Event,
     Issued,
+    Loads,
     Served,
     Taken,
     Trained,
@@ -54,7 +55,7 @@ from prl.ledger.facts import Fact
 from prl.replay.compare import Recorded, check_sentences, check_states
 from prl.types import Batch, Group, Manifest
 
-GIVEN = (Trained, Served, Cut)
+GIVEN = (Trained, Served, Loads, Cut)
 """Events that nobody in the controller decides."""
 
 
@@ -219,6 +220,8 @@ class Reenactment:
             case Served(version):
                 progress.served = version
                 self._stage.dispatcher.published(version)
+            case Loads(at=at, loads=loads):
+                self._stage.dispatcher.observed(at, loads)
             case Trained(step):
                 next_ones = [sentence(Trained(prepared.batch.step)) for prepared in self._formed]
                 check_sentences(step, sentence(event), next_ones[:1])

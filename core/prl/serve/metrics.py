@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_METRICS = {
+STATISTICS = {
     "running": ("gauge", "sequences that decode"),
     "waiting": ("gauge", "sequences that wait for a row or for their prompt"),
+    "sequences": ("gauge", "most sequences that decode at once"),
+    "length": ("gauge", "most tokens of a sequence"),
+    "kv_tokens": ("gauge", "room for keys and values, in tokens"),
+    "kv_usage": ("gauge", "share of that room which sequences hold"),
+    "preemptions": ("counter", "sequences that lost their room to others"),
     "paused": ("gauge", "1 while generation is paused"),
     "generated_tokens": ("counter", "tokens sampled"),
     "prompt_tokens": ("counter", "tokens of prompts"),
@@ -15,12 +20,13 @@ _METRICS = {
     "version": ("gauge", "policy version being served"),
     "updates": ("counter", "weight updates"),
 }
+"""Name -> kind and meaning; what `Engine.statistics` answers."""
 
 
 def exposition(statistics: Mapping[str, float]) -> str:
     """Statistics as text, those that the engine has; counters get the suffix `_total` that Prometheus expects."""
     lines = []
-    for key, (kind, meaning) in _METRICS.items():
+    for key, (kind, meaning) in STATISTICS.items():
         if key not in statistics:
             continue
         name = f"prl_engine_{key}" + ("_total" if kind == "counter" else "")

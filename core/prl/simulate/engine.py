@@ -63,6 +63,8 @@ class SimulatedEngine:
         self._now = 0.0
         self._heap: list[tuple[float, int, Decoding]] = []
         self._joined = 0
+        self._starts = 0.0
+        """Sum of `start` over the running sequences."""
         self._marks = [-1.0]
         self._versions = [version]
 
@@ -83,6 +85,7 @@ class SimulatedEngine:
             if sequence.live:
                 sequence.live = False
                 self.running -= 1
+                self._starts -= sequence.start
                 ended.append(sequence)
         self._fill()
         return ended
@@ -128,6 +131,11 @@ class SimulatedEngine:
             index += 1
         return runs
 
+    def tokens(self, now: float) -> float:
+        """Sampled so far by the sequences that run."""
+        self._advance(now)
+        return self.running * self._progress - self._starts
+
     def settle(self, now: float) -> None:
         """Count time up to `now`, at the end of a simulation."""
         self._advance(now)
@@ -150,12 +158,14 @@ class SimulatedEngine:
             heapq.heappush(self._heap, (self._progress + sequence.plan.tokens, self._joined, sequence))
             self._joined += 1
             self.running += 1
+            self._starts += sequence.start
 
     def _leave(self, sequence: Decoding) -> int:
         if sequence.start < 0.0:
             self.waiting.remove(sequence)
             return 0
         self.running -= 1
+        self._starts -= sequence.start
         return self._sampled_by(sequence, self._progress)
 
     @staticmethod

@@ -27,7 +27,7 @@ import attrs
 from prl.compose.config import RolloutSection
 from prl.dispatch.feed import Feed, Issue, Source
 from prl.errors import RunError
-from prl.providers import Drop, InFlight, Pipeline, RolloutScheduler
+from prl.providers import Drop, EngineLoad, InFlight, LoadAwareScheduler, Pipeline, RolloutScheduler
 from prl.simulate.cluster import Cluster
 from prl.simulate.engine import Decoding, SimulatedEngine
 from prl.simulate.figures import Figures
@@ -98,7 +98,10 @@ class Simulation:
         self._publishing = False
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._announced = 0
+        self._came = 0
         self._dropped_in_a_row = 0
+        if isinstance(self.scheduler, LoadAwareScheduler):
+            self._at(0.0, self._observe, self.scheduler)
 
     # --- running ------------------------------------------------------------------------------------------------------
     def run(self, *, until: int | None = None) -> None:
@@ -151,9 +154,43 @@ class Simulation:
     # --- starting groups ----------------------------------------------------------------------------------------------
     def _capacity(self) -> int:
         ready, running = len(self.ready), len(self._running)
-        pipeline = Pipeline(version=self.served, next_version=self.formed, ready=ready, running=running)
         needed = (self._steps - self.formed) * self._rollouts.groups_per_step - ready - running
-        return min(self.scheduler.capacity(pipeline), needed)
+        return min(self.scheduler.capacity(self._pipeline()), needed)
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            version=self.served,
+            next_version=self.formed,
+            ready=len(self.ready),
+            running=len(self._running),
+            arrived=self._came,
+            group_size=self._rollouts.group_size,
+        )
+
+    def _observe(self, scheduler: LoadAwareScheduler) -> None:
+        """What the engines say of themselves, as often as the scheduler wants it; they preempt nobody."""
+        loads = [self._load(index, engine) for index, engine in enumerate(self._engines)]
+        in_flight = [attempt.in_flight for attempt in self._running.values()]
+        for drop in scheduler.observe(self.now, loads, self._pipeline(), in_flight):
+            self._end(self._running[drop.group_id], drop)
+        self._settle()
+        if self._events:  # else nothing will ever happen again, which `run` reports
+            self._at(self.now + scheduler.poll_seconds, self._observe, scheduler)
+
+    def _load(self, index: int, engine: SimulatedEngine) -> EngineLoad:
+        slots, length = self._cluster.slots, self._rollouts.sequence_length
+        usage = engine.tokens(self.now) / (slots * length)
+        self._announce_end(engine)
+        return EngineLoad(
+            engine=index,
+            running=engine.running,
+            waiting=len(engine.waiting),
+            kv_usage=usage,
+            preemptions=0,
+            sequences=slots,
+            kv_tokens=slots * length,
+            length=length,
+        )
 
     def _start(self, issue: Issue) -> None:
         plans = self._workload.group(self._seed, issue.group_id, issue.attempt, self._rollouts.group_size)
@@ -200,6 +237,7 @@ class Simulation:
     def _arrived(self, attempt: _Attempt) -> None:
         if not attempt.live:
             return
+        self._came += 1
         group_id, size = attempt.issue.group_id, len(attempt.sequences)
         if len(attempt.rollouts) < min(2, size):
             self._end(attempt, Drop(group_id=group_id, reason="environment"))

@@ -34,7 +34,7 @@ from prl.supervise.excerpt import excerpt
 from prl.supervise.policy import SIGNALLED, UNFORESEEN, RestartBudget, how_it_ended, is_accident
 
 INTERRUPTED = 130
-RESTARTED_ALONE = frozenset({"engine", "environment"})
+RESTARTED_ALONE = frozenset({"engine", "engine-part", "environment"})
 _TICK = 0.25  # seconds between two looks at signs of life
 
 

@@ -13,7 +13,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Literal, cast
 
 import attrs
 
@@ -21,7 +21,7 @@ from prl import network
 from prl.compose.compose import Composition
 from prl.errors import InfrastructureError, is_final
 from prl.messages import Failed, Hello, Stop
-from prl.providers import Engine, WeightReceiver, WeightTransport
+from prl.providers import Engine, Ref, WeightReceiver, WeightTransport
 from prl.run_dir import RunDir
 from prl.wire import AsyncConnection, WireError
 
@@ -33,6 +33,8 @@ class EngineContext:
     composition: Composition
     run_dir: RunDir
     index: int
+    node: int = 0
+    """Of an engine that spans nodes: which of them this is."""
     host: str
     """Address to bind to."""
     token: str
@@ -45,15 +47,31 @@ class EngineContext:
 
 def main(composition: Composition, run_dir: RunDir, index: int) -> int:
     """Serve until `Stop`; the exit code of the process."""
-    asyncio.run(_work(composition, run_dir, index))
+    asyncio.run(work(composition, run_dir, Duty(role="engine", number=index, engine=index)))
     return 0
 
 
-async def _work(composition: Composition, run_dir: RunDir, index: int) -> None:
-    connection = AsyncConnection(run_dir, f"engine-{index}")
+@attrs.frozen(kw_only=True)
+class Duty:
+    """What a process of an engine is there for."""
+
+    role: Literal["engine", "engine-part"]
+    number: int
+    """Among the processes of its role."""
+    engine: int
+    node: int = 0
+    """Of the engine's nodes."""
+
+    def part(self, provider: Engine) -> Ref:
+        return provider.serve if self.role == "engine" else provider.join
+
+
+async def work(composition: Composition, run_dir: RunDir, duty: Duty) -> None:
+    """Do it until `Stop`."""
+    connection = AsyncConnection(run_dir, f"{duty.role}-{duty.number}")
     try:
         async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(_serve(composition, run_dir, index, connection))
+            serving = tasks.create_task(_serve(composition, run_dir, duty, connection))
             await _stopped(connection)
             serving.cancel()
     except ExceptionGroup as group:
@@ -62,15 +80,16 @@ async def _work(composition: Composition, run_dir: RunDir, index: int) -> None:
         connection.close()
 
 
-async def _serve(composition: Composition, run_dir: RunDir, index: int, connection: AsyncConnection) -> None:
-    """Run the provider's `serve`; it only ends by failing, and ends the run where a restart would not mend it."""
+async def _serve(composition: Composition, run_dir: RunDir, duty: Duty, connection: AsyncConnection) -> None:
+    """Run the provider's part; it only ends by failing, and ends the run where a restart would not mend it."""
     run = composition.run
 
     async def announce(url: str) -> None:
-        await connection.send(Hello(role="engine", index=index, url=url, pid=os.getpid(), host=socket.gethostname()))
+        host = socket.gethostname()
+        await connection.send(Hello(role=duty.role, index=duty.number, url=url, pid=os.getpid(), host=host))
 
     try:
-        serve = composition.load(cast(Engine, composition.provider(run.engine)).serve)
+        serve = composition.load(duty.part(cast(Engine, composition.provider(run.engine))))
         receive = composition.load(cast(WeightTransport, composition.provider(run.weights)).receive)
         receiver: WeightReceiver = receive(run.weights, run_dir.path)
         try:
@@ -78,7 +97,8 @@ async def _serve(composition: Composition, run_dir: RunDir, index: int, connecti
                 EngineContext(
                     composition=composition,
                     run_dir=run_dir,
-                    index=index,
+                    index=duty.engine,
+                    node=duty.node,
                     host=run.engine.host or network.address(run),
                     token=run_dir.token(),
                     receiver=receiver,
@@ -87,7 +107,7 @@ async def _serve(composition: Composition, run_dir: RunDir, index: int, connecti
             )
         finally:
             receiver.close()
-        raise InfrastructureError(f"engine {index} stopped serving by itself")
+        raise InfrastructureError(f"{duty.role} {duty.number} stopped serving by itself")
     except Exception as error:  # whatever it is, the controller must know before this process is gone
         await connection.send(Failed(error=_sentence(error), fatal=is_final(_first(error))))
         raise

@@ -91,6 +91,11 @@ class Engine:
             "version": scheduler.version,
             "running": len(scheduler.batch),
             "waiting": scheduler.waiting,
+            "sequences": scheduler.batch.capacity,
+            "length": self.length,
+            "kv_tokens": scheduler.batch.capacity * self.length,
+            "kv_usage": scheduler.rows.taken(len(scheduler.batch)),
+            "preemptions": 0,  # a row is a sequence's to its end
             "paused": int(self._generation.paused),
             "generated_tokens": scheduler.generated_tokens,
             "prompt_tokens": scheduler.prompt_tokens,

@@ -46,6 +46,10 @@ class Rows:
         self._divisible = all(cache.prefix_reusable for cache in caches if cache is not None)
         """Otherwise a row is of use whole or not at all: some layer only has the state after its last token."""
 
+    def taken(self, decoding: int) -> float:
+        """Share of the caches that the first `decoding` rows hold."""
+        return float(self.past[:decoding].sum()) / (self.count * self.length)
+
     def current(self, row: int) -> bool:
         return bool(self.stamps[row] == self.generation)
 

@@ -18,6 +18,8 @@ import numpy as np
 from prl.errors import InfrastructureError
 from prl.types import Completion, Int32, Routes, Sampling, StopReason
 
+from prl_vllm import metrics
+
 CONNECT_SECONDS = 10.0
 ID_PREFIX = "generate-tokens-"
 """What the server puts before the request ids it is given."""
@@ -128,14 +130,8 @@ class VllmApi:
         return True
 
     async def metrics(self) -> Mapping[str, float]:
-        """Name -> value, summed over engine cores and other labels; without the prefix `vllm:`."""
-        totals: dict[str, float] = {}
-        for line in (await self._request("GET", "/metrics")).decode().splitlines():
-            if line.startswith("vllm:"):
-                name, _, value = line.removeprefix("vllm:").rpartition(" ")
-                name = name.partition("{")[0]
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return totals
+        """As `metrics.read` has them."""
+        return metrics.read((await self._request("GET", "/metrics")).decode())
 
     async def aclose(self) -> None:
         if self._session is not None:

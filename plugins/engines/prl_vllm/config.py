@@ -20,6 +20,9 @@ AllToAll = Literal[
 class Parallel:
     """`[engine.parallel]`: how the devices of one engine share the model."""
 
+    nodes: int = option(
+        1, help="nodes of one engine, each with as many copies (data) and devices of it", validator=positive
+    )
     tensor: int = option(1, help="devices that share every matrix", validator=positive)
     data: int = option(1, help="copies of the attention, each with sequences of its own", validator=positive)
     experts: bool = option(False, help="each device has some experts whole, instead of a part of every expert")
@@ -27,6 +30,11 @@ class Parallel:
     redundant_experts: int = option(
         0, help="copies of much used experts, placed anew as use changes (EPLB)", validator=not_negative
     )
+
+    @property
+    def local(self) -> int:
+        """Copies on each node."""
+        return self.data // self.nodes
 
 
 @attrs.frozen(kw_only=True)
@@ -89,3 +97,12 @@ class VllmConfig(EngineConfig):
     def gpus(self) -> int:
         """Devices of one engine."""
         return self.parallel.tensor * self.parallel.data
+
+    @property
+    def spans(self) -> int:
+        return self.parallel.nodes
+
+    def share_of(self, node: int) -> str:
+        local = self.parallel.local
+        first = node * local
+        return f"data ranks {first}-{first + local - 1} of {self.parallel.data}"

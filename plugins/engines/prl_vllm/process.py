@@ -25,6 +25,7 @@ GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.2
 MODULE = "vllm.entrypoints.openai.api_server"
 """The command `vllm` of the CPU build asks for the metadata of a distribution by another name, and ends."""
+HEADLESS = "prl_vllm.inside.headless"
 
 
 @attrs.frozen(eq=False)
@@ -48,12 +49,7 @@ async def started(arguments: Sequence[str], environment: Mapping[str, str], *, s
     """
     folder = Path(tempfile.mkdtemp(prefix="prl-vllm-"))
     socket = folder / "socket"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", MODULE, "--uds", str(socket), *arguments),
-        env={**os.environ, **environment},
-        stdin=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = await _process(MODULE, "--uds", str(socket), *arguments, environment=environment)
     api = VllmApi("http://vllm", socket=socket)
     try:
         await _healthy(api, process, startup)
@@ -62,6 +58,27 @@ async def started(arguments: Sequence[str], environment: Mapping[str, str], *, s
         await api.aclose()
         await _end(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def headless(
+    arguments: Sequence[str], environment: Mapping[str, str]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Engine cores without an API server; ended when the block is left."""
+    process = await _process(HEADLESS, *arguments, environment=environment)
+    try:
+        yield process
+    finally:
+        await _end(process)
+
+
+async def _process(module: str, *arguments: str, environment: Mapping[str, str]) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, *arguments),
+        env={**os.environ, **environment},
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 async def _healthy(api: VllmApi, process: asyncio.subprocess.Process, startup: float) -> None:

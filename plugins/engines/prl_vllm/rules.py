@@ -24,6 +24,14 @@ OWN_ARGUMENTS = {
     "enable_prefix_caching": "engine.prefix_caching",
     "tensor_parallel_size": "engine.parallel.tensor",
     "data_parallel_size": "engine.parallel.data",
+    "data_parallel_size_local": "engine.parallel.nodes",
+    "data_parallel_start_rank": "engine.parallel.nodes",
+    "data_parallel_address": "engine.parallel.nodes",
+    "data_parallel_rpc_port": "engine.parallel.nodes",
+    "data_parallel_rank": "engine.parallel.nodes",
+    "data_parallel_hybrid_lb": "engine.parallel.nodes: one server spreads requests over all copies",
+    "data_parallel_external_lb": "engine.parallel.nodes: one server spreads requests over all copies",
+    "headless": "engine.parallel.nodes",
     "enable_expert_parallel": "engine.parallel.experts",
     "all2all_backend": "engine.parallel.all_to_all",
     "enable_eplb": "engine.parallel.redundant_experts",
@@ -48,6 +56,8 @@ def problems(engine: VllmConfig, run: Run) -> Iterator[str]:
         )
     yield from _servers(engine)
     yield from _parallel(engine.parallel)
+    yield from _spanning(engine)
+    yield from _experts(engine.parallel, run)
     yield from _kv_tiers(engine)
     if on_cpu(run):
         yield from _not_on_a_cpu(engine)
@@ -61,6 +71,30 @@ def _servers(engine: VllmConfig) -> Iterator[str]:
         yield f"engine.servers names {len(engine.servers)} servers for engine.count = {engine.count} engines"
     if engine.servers and (engine.options or engine.environment):
         yield "engine.servers run already: give engine.options and engine.environment to whoever starts them"
+
+
+def _spanning(engine: VllmConfig) -> Iterator[str]:
+    parallel = engine.parallel
+    if parallel.nodes == 1:
+        return
+    if parallel.data % parallel.nodes:
+        yield (
+            f"engine.parallel.data = {parallel.data} copies cannot be spread over engine.parallel.nodes = "
+            f"{parallel.nodes}: every node has as many of them; raise or lower one of the two"
+        )
+    if engine.servers:
+        yield "engine.servers run already: whoever starts them spreads them over nodes; leave out engine.parallel.nodes"
+
+
+def _experts(parallel: Parallel, run: Run) -> Iterator[str]:
+    """Every device has as many experts, copies included."""
+    experts, devices = getattr(run.model, "experts", 0), parallel.tensor * parallel.data
+    if parallel.experts and isinstance(experts, int) and experts and (experts + parallel.redundant_experts) % devices:
+        missing = -(experts + parallel.redundant_experts) % devices
+        yield (
+            f"model.experts = {experts} and engine.parallel.redundant_experts = {parallel.redundant_experts} cannot be "
+            f"spread evenly over {devices} devices; {parallel.redundant_experts + missing} redundant experts can"
+        )
 
 
 def _parallel(parallel: Parallel) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
@@ -21,7 +21,7 @@ from prl.errors import InfrastructureError
 from prl.serve.application import application, listening
 
 from prl_vllm import arguments as vllm
-from prl_vllm import model_files
+from prl_vllm import model_files, spanning
 from prl_vllm.api import VllmApi
 from prl_vllm.config import VllmConfig
 from prl_vllm.engine import Engine
@@ -49,7 +49,7 @@ async def serve(context: EngineContext) -> None:
             shapes=described.shapes,
             length=config.length or run.rollouts.sequence_length,
             vocab_size=described.speech.tokenizer.vocab_size,
-            sequences=config.sequences,
+            sequences=config.sequences * config.parallel.data,
             recompute=config.on_update == "recompute",
             tells_versions=description["tells_versions"],
         )
@@ -83,8 +83,25 @@ async def _server(
     routes = replayed(context.composition) is not None
     values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=routes)
     environment = vllm.environment(config, cpu=cpu, routes=routes)
-    async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
-        yield server.api, server.ended()
+    async with AsyncExitStack() as stack:
+        whole: Coroutine[None, None, None] | None = None
+        if config.spans > 1:
+            meeting = await stack.enter_async_context(spanning.meeting(context))
+            values |= spanning.arguments(config.parallel, 0, meeting)
+            environment |= spanning.environment(meeting.address)
+            whole = spanning.deserted(context, meeting)
+        server = await stack.enter_async_context(
+            started([*vllm.command_line(values)], environment, startup=config.startup)
+        )
+        yield server.api, _first_of(server.ended(), whole)
+
+
+async def _first_of(*ends: Coroutine[None, None, None] | None) -> None:
+    """Raise what the first of them raises."""
+    async with asyncio.TaskGroup() as tasks:
+        for end in ends:
+            if end is not None:
+                tasks.create_task(end)
 
 
 def _checksums(engine: Engine) -> Handler:
