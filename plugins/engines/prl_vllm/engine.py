@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -62,6 +63,7 @@ class Engine:
         self._staging = asyncio.Lock()
         self._changing = asyncio.Lock()
         self._updates = 0
+        self._update_seconds = 0.0
         self._paused = False
         self.version = -1
         self.length = length
@@ -228,7 +230,9 @@ class Engine:
                     409, f"version {version} was not prepared ({known}, version {self.version} is served)"
                 )
             async with self._door.closed():
+                started = time.monotonic()
                 await self._swap(version)
+                self._update_seconds += time.monotonic() - started
 
     async def _swap(self, version: int) -> None:
         self._staged = None
@@ -272,7 +276,7 @@ class Engine:
 
     # --- what a person or the controller asks -------------------------------------------------------------------------
     async def statistics(self) -> Mapping[str, float]:
-        """Totals since the start; `running` and `waiting` count sequences."""
+        """Totals since the start; `running` and `waiting` count sequences; nothing was computed in `update_seconds`."""
         metrics = await self._api.metrics()
         return {
             "version": self.version,
@@ -286,6 +290,7 @@ class Engine:
             "kv_usage": metrics.get("kv_cache_usage_perc", 0.0),
             "busy_seconds": self._door.busy_seconds,
             "updates": self._updates,
+            "update_seconds": self._update_seconds,
         }
 
 
