@@ -18,11 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ CONFIG = Path(__file__).with_suffix(".toml")
 SEQUENCES = 256
 """That decode at once, in plain vLLM and in the run."""
 MODULES = ("export", "plain", "score")
-LIMITS = {"export": 90.0, "plain": 200.0, "score": 90.0, "run": 600.0}
+LIMITS = {"export": 90.0, "plain": 150.0, "score": 90.0, "run": 600.0}
 """Seconds of each phase."""
 RESERVED = 15.0
 """Seconds of the whole that are left for ending a run."""
@@ -51,8 +54,8 @@ class Sizes:
     """Sequences of plain vLLM that the trainer's modules score."""
     run: Mapping[str, Any]
     """Changes of the run's config."""
-    options: Mapping[str, Any]
-    """vLLM's arguments, of both."""
+    options: tuple[Mapping[str, Any], ...]
+    """vLLM's arguments, of both: the first of these with which plain vLLM works."""
     environment: Mapping[str, str]
     """Of vLLM's processes, in both."""
 
@@ -74,16 +77,24 @@ GPU = Sizes(
     sampled=256,
     scored=64,
     run={"engine": {"kv_cache_bytes": 6 << 30}},
-    options={
-        "gpu_memory_utilization": 0.45,
-        # Decoding replays captured graphs. Nothing is compiled: that would take longer than this run does.
-        "compilation_config": {
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256],
+    options=(
+        {
+            "gpu_memory_utilization": 0.45,
+            # Decoding replays captured graphs. Nothing is compiled: that would take longer than this run does.
+            "compilation_config": {
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256],
+            },
         },
+        {"gpu_memory_utilization": 0.45, "enforce_eager": True},
+        {"gpu_memory_utilization": 0.45, "enforce_eager": True, "attention_backend": "TRITON_ATTN"},
+    ),
+    environment={
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_USE_DEEP_GEMM": "0",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     },
-    environment={"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"},
 )
 TOY = Sizes(
     model={
@@ -107,7 +118,7 @@ TOY = Sizes(
         "engine": {"sequences": 16},
         "trainer": {"device": "cpu"},
     },
-    options={},
+    options=({},),
     environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
 )
 
@@ -119,19 +130,20 @@ def even_digits(completion: str) -> float:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-def write_config(sizes: Sizes, folder: Path) -> Path:
+def write_config(sizes: Sizes, folder: Path, options: int = 0) -> Path:
     """The run's config, with everything in it that is made here."""
     from prl.compose.toml import dumps
 
     table = tomllib.loads(CONFIG.read_text())
     table["environments"][0] |= {"file": f"{folder}/prompts.jsonl", "reward": f"{Path(__file__)}:even_digits"}
+    engine = {"sequences": SEQUENCES, "options": dict(sizes.options[options]), "environment": dict(sizes.environment)}
     made = {
         "extends": f"{ROOT}/configs/toy.toml",
         "run": {"dir": f"{folder}/run"},
         "model": dict(sizes.model),
         "tokenizer": {"file": f"{folder}/tokenizer.json"},
         "trainer": {"initial_weights": f"{folder}/model"},
-        "engine": {"sequences": SEQUENCES, "options": dict(sizes.options), "environment": dict(sizes.environment)},
+        "engine": engine,
     }
     path = folder / "run.toml"
     path.write_text(dumps(_merged(_merged(table, made), sizes.run)))
@@ -176,6 +188,8 @@ class Session:
     ends: float
     """`time.monotonic()` when everything must be over."""
     result: dict[str, Any]
+    options: int = 0
+    """Which of vLLM's are taken."""
 
     def left(self, phase: str) -> float:
         """Seconds that a phase may take."""
@@ -192,26 +206,37 @@ class Session:
         return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": places, **sizes.environment}
 
 
-def part(phase: str, session: Session, sizes: Sizes) -> None:
-    """One of benchmarks/vllm_gpu_parts.py in a process of its own."""
-    words = ["--out", str(session.folder), *(["--toy"] if session.toy else []), "--part", phase]
+def part(phase: str, session: Session, sizes: Sizes) -> bool:
+    """One of benchmarks/vllm_gpu_parts.py in a process of its own; whether it ended well."""
+    arguments = ["--out", str(session.folder), *(["--toy"] if session.toy else []), "--part", phase]
     started = time.monotonic()
-    with (session.folder / f"{phase}.log").open("wb") as log:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.vllm_gpu", *words],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=session.environment(sizes),
-                cwd=ROOT,
-                timeout=session.left(phase),
-            )
-            ended = f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = "no time was left"
+    with (session.folder / f"{phase}-{session.options}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.vllm_gpu", *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=session.environment(sizes),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    try:
+        ended = f"exit code {process.wait(session.left(phase))}"
+    except subprocess.TimeoutExpired:
+        ended = "no time was left"
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with what it started
     answer = session.folder / f"{phase}.json"
     figures = json.loads(answer.read_text()) if answer.is_file() else {}
     session.keep(phase, {**figures, "ended": ended, "seconds": round(time.monotonic() - started, 1)})
+    return ended == "exit code 0"
+
+
+def plain(session: Session, sizes: Sizes) -> None:
+    """With the first options that work; the run's config keeps them."""
+    while not part("plain", session, sizes) and session.options + 1 < len(sizes.options):
+        session.keep(f"plain with options {session.options}", session.result["plain"])
+        session.options += 1
+        write_config(sizes, session.folder, session.options)
 
 
 def run(session: Session, sizes: Sizes) -> None:
@@ -229,10 +254,7 @@ def run(session: Session, sizes: Sizes) -> None:
 def guarded(phase: str, session: Session, sizes: Sizes) -> None:
     print(f"{phase} ...", flush=True)
     try:
-        if phase == "run":
-            run(session, sizes)
-        else:
-            part(phase, session, sizes)
+        {"run": run, "plain": plain}.get(phase, partial(part, phase))(session, sizes)
     except Exception as error:  # one phase that cannot run here must not cost the others
         session.keep(phase, {**session.result.get(phase, {}), "error": f"{type(error).__name__}: {error}"})
     print(json.dumps({phase: session.result.get(phase)})[:3000], flush=True)
@@ -260,6 +282,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on a CPU")
     parser.add_argument("--seconds", type=float, default=3600.0, help="everything ends after so long")
     parser.add_argument("--only", default="export,plain,score,run", help="phases, in order")
+    parser.add_argument("--options", type=int, default=0, help="which of vLLM's options are tried first")
     parser.add_argument("--part", choices=MODULES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes, folder = TOY if options.toy else GPU, options.out.resolve()
@@ -270,15 +293,13 @@ def main() -> None:
         (folder / f"{options.part}.json").write_text(json.dumps(figures))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    session = Session(folder, options.toy, time.monotonic() + options.seconds, {})
+    session = Session(folder, options.toy, time.monotonic() + options.seconds, {}, options.options)
     session.keep("about", {**about(), "sizes": attrs.asdict(sizes)})
     write_tokenizer(sizes.model["vocab_size"], folder / "tokenizer.json")
     write_prompts(folder / "prompts.jsonl")
-    write_config(sizes, folder)
+    write_config(sizes, folder, options.options)
     for phase in options.only.split(","):
-        guarded(
-            phase, session, lambda phase=phase: run(session, sizes) if phase == "run" else part(phase, session, sizes)
-        )
+        guarded(phase, session, sizes)
 
 
 if __name__ == "__main__":

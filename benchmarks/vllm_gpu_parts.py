@@ -1,4 +1,4 @@
-"""The phases of benchmarks/vllm_gpu.py that are one process each: they take sizes and a folder, and return figures."""
+"""The phases of benchmarks/vllm_gpu.py that are one process each: (sizes, folder) -> figures."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ def plain(sizes: Sizes, folder: Path) -> dict[str, Any]:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
         seed=0,
-        **on_gpu,
-        **sizes.options,
+        **{**on_gpu, **_composed(folder).run.engine.options},
     )
     figures: dict[str, Any] = {"startup_seconds": time.perf_counter() - started}
 
