@@ -126,8 +126,7 @@ class Engine:
             changes = self._updates - updates
             if not changes or (changes == 1 and any(c.stop is StopReason.ABORT for c in answer.completions)):
                 break  # else it may have waited inside vLLM while weights changed
-        marked = (attrs.evolve(c, versions=np.full(len(c.tokens), version, np.int32)) for c in answer.completions)
-        return attrs.evolve(answer, completions=tuple(marked))
+        return attrs.evolve(answer, completions=tuple(_marked(c, version) for c in answer.completions))
 
     def _ask(self, request: Request, first: int, n: int) -> Ask:
         sampling = attrs.evolve(request.sampling, seed=request.sampling.seed + first)
@@ -297,6 +296,16 @@ class Engine:
 def _salt(version: int) -> str:
     """Prompts share what was computed for them under one version."""
     return f"version-{version}"
+
+
+def _marked(completion: Completion, version: int) -> Completion:
+    """All of it was computed under one version."""
+    routes = completion.routes
+    return attrs.evolve(
+        completion,
+        versions=np.full(len(completion.tokens), version, np.int32),
+        routes=routes and attrs.evolve(routes, versions=np.full(len(routes.versions), version, np.int32)),
+    )
 
 
 def _cut_short(tokens: Int32) -> Completion:
