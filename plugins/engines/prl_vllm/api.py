@@ -22,8 +22,8 @@ CONNECT_SECONDS = 10.0
 ID_PREFIX = "generate-tokens-"
 """What the server puts before the request ids it is given."""
 FINAL_ONLY = 2
-"""vLLM's `RequestOutputKind` of all members at once, at the end. Releases before 0.30 do not choose it by themselves, and
-lose members that end early."""
+"""vLLM's `RequestOutputKind` of all members at once, at the end. Releases before 0.30 do not choose it by themselves,
+and lose members that end early."""
 
 
 @attrs.frozen(kw_only=True)
