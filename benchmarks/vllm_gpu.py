@@ -76,7 +76,7 @@ GPU = Sizes(
     prompt_tokens=32,
     sampled=256,
     scored=64,
-    run={"engine": {"kv_cache_bytes": 6 << 30}},
+    run={"engine": {"kv_cache_bytes": 6 << 30, "staging": "device"}},
     options=(
         {
             "gpu_memory_utilization": 0.45,
