@@ -5,7 +5,7 @@
     token               the run's secret (mode 0600): every endpoint asks for it
     controller.json     where the controller listens
     rendezvous.json     where the store of a trainer on several nodes listens
-    resume.json         from the second attempt on: which of its checkpoints it goes on from
+    resume.json         from the second attempt on: which of its checkpoints it goes on from, on how many trainer nodes
     launch.json         which launcher keeps the run, and what it calls it, where one took it over (slurm)
     processes.json      what the launcher started: role, index, pid, host, log
     state.json          status, step, version, last error: rewritten as the run goes

@@ -17,6 +17,7 @@ from prl.checkpoint_dir import CheckpointManifest
 from prl.cli import main, resume
 from prl.compose.compose import compose, open_run
 from prl.compose.origin import identity
+from prl.compose.resume import resume as prepare
 from prl.errors import UserError
 from prl.run_dir import RunDir, read_json
 
@@ -125,6 +126,29 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint_as_its_next_attempt(run
     assert [path.name for path in run_dir.checkpoints.iterdir() if "partial" in path.name] == []
     state = read_json(run_dir.state)
     assert (state["status"], state["step"], state["metrics"]) == ("starting", 4, {"loss/rl": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("left", "trainer", "start"),
+    [
+        (2, {"nodes": 2, "ranks": 4, "replicate": 1, "shard": 0}, "step 4 on 2 of 3 trainer nodes"),
+        (1, {}, "step 4"),  # fewer than half
+        (3, {}, "step 4"),
+    ],
+)
+def test_an_attempt_on_fewer_trainer_nodes_leaves_the_config_alone(config, left, trainer, start):
+    edits = ("trainer.ranks=6", "trainer.nodes=3", "run.dir=runs/wide")
+    assert main(["launch", str(config), *(word for edit in edits for word in ("--set", edit))]) == 0
+    run_dir = RunDir.existing("runs/wide")
+    write_checkpoint(run_dir, 4)
+    before = run_dir.config.read_text()
+    attempt = prepare(run_dir, trainer_nodes=left)
+    whole = {"nodes": 3, "ranks": 6}
+    seen = open_run(run_dir).run.trainer
+    assert (attempt.composition.run.trainer, attempt.start) == (seen, start)
+    assert {"nodes": seen.nodes, "ranks": seen.ranks} == {key: (trainer or whole)[key] for key in whole}
+    assert (read_json(run_dir.resume).get("trainer", {}), run_dir.config.read_text()) == (trainer, before)
+    assert prepare(run_dir).composition.run.trainer.ranks == open_run(run_dir).run.trainer.ranks == 6
 
 
 def test_every_step_appears_once_in_the_record(run_dir):

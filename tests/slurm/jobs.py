@@ -137,6 +137,11 @@ class Job(Run):
         failed = [check for check in audit(self.dir).checks if check.problems]
         assert not failed, failed
 
+    def told(self) -> list[tuple[str, str]]:
+        """(where, what was done) of every failure that the ledger has."""
+        with closing(sqlite3.connect(self.dir.ledger)) as ledger:
+            return ledger.execute("SELECT place, done FROM failures").fetchall()
+
     def chain(self) -> dict[int, str]:
         """Version -> the hash of its weights, its batch and all that came before, of those that count."""
         with closing(sqlite3.connect(self.dir.ledger)) as ledger:

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prl.compose.routing import replayed
 from prl.errors import InfrastructureError
-from prl_torch_engine.server import application, listening
+from prl.serve.application import application, listening
 
 from prl_vllm import arguments as vllm
 from prl_vllm import model_files
@@ -48,7 +48,7 @@ async def serve(context: EngineContext) -> None:
             run_dir=str(context.run_dir.path),
             shapes=described.shapes,
             length=config.length or run.rollouts.sequence_length,
-            vocab_size=described.tokenizer.vocab_size,
+            vocab_size=described.speech.tokenizer.vocab_size,
             sequences=config.sequences,
             recompute=config.on_update == "recompute",
             tells_versions=description["tells_versions"],
@@ -56,7 +56,7 @@ async def serve(context: EngineContext) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ended)
             tasks.create_task(_broken(engine))
-            app = application(engine, described, context.token)
+            app = application(engine, described.speech, context.token)
             app.add_routes([web.get("/weights/checksums", _checksums(engine))])
             async with listening(app, context.host) as url:
                 await context.announce(url)

@@ -15,7 +15,7 @@ from prl.compose.plan import LaunchPlan
 from prl.errors import InfrastructureError, UserError
 from prl.run_dir import RunDir, read_json
 
-from prl_slurm import SlurmConfig, commands, script
+from prl_slurm import SlurmConfig, commands, disk, script
 from prl_slurm.allocation import requests
 from prl_slurm.commands import GONE, JobState
 
@@ -47,6 +47,8 @@ class SlurmLauncher:
             raise UserError(f"launcher.container.image: there is no {container.image}")
         if self.config.venv and not Path(self.config.venv).is_absolute():
             raise UserError(f"launcher.venv: {self.config.venv!r} must be an absolute path: nodes start elsewhere")
+        if problem := disk.no_room(plan.run_dir.path, self.config.free_gb):
+            raise UserError(f"run.dir: {problem}")
         commands.test(script.job(plan, self.config))
 
     def launch(self, plan: LaunchPlan) -> int:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 
 import attrs
+
 from prl import wire
 from prl.types import Completion
 
