@@ -90,11 +90,7 @@ GPU = Sizes(
         {"gpu_memory_utilization": 0.45, "enforce_eager": True},
         {"gpu_memory_utilization": 0.45, "enforce_eager": True, "attention_backend": "TRITON_ATTN"},
     ),
-    environment={
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_USE_DEEP_GEMM": "0",
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-    },
+    environment={"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"},
 )
 TOY = Sizes(
     model={
@@ -202,8 +198,10 @@ class Session:
         path.with_suffix(".partial").replace(path)
 
     def environment(self, sizes: Sizes) -> dict[str, str]:
+        # To ask whether there is a device must not open it: vLLM forks.
+        ask = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": places, **sizes.environment}
+        return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": places, **ask, **sizes.environment}
 
 
 def part(phase: str, session: Session, sizes: Sizes) -> bool:

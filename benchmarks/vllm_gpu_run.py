@@ -24,6 +24,8 @@ from prl.types import Manifest, TensorRecord
 POLL_SECONDS = 0.5
 WARM = 4
 """Steps at the start that count for nothing."""
+ENDING_SECONDS = 20.0
+"""That a run has for its last checkpoint, which is not measured here."""
 READ_BACK_AT = 3
 """Steps before the last when the served weights are read back; those after it do not count either."""
 MEDIANS = {
@@ -64,9 +66,10 @@ def watch(
         while process.poll() is None and time.monotonic() < deadline:
             watched.look()
             keep(watched.figures())
+            if watched.done:
+                deadline = min(deadline, time.monotonic() + ENDING_SECONDS)
             time.sleep(POLL_SECONDS)
-        watched.look()
-        ended = "no time was left" if process.poll() is None else f"exit code {process.returncode}"
+        ended = "not waited for" if process.poll() is None else f"exit code {process.returncode}"
         keep({**watched.figures(), "ended": ended, "audit": _audit(watched.run, environment)})
     finally:
         _end(process, watched.run)
@@ -75,7 +78,11 @@ def watch(
 def _audit(run: RunDir, environment: Mapping[str, str]) -> str:
     """The last line of what `prl audit` says."""
     told = subprocess.run(
-        [sys.executable, "-m", "prl", "audit", str(run.path)], capture_output=True, text=True, env=dict(environment)
+        [sys.executable, "-m", "prl", "audit", str(run.path)],
+        capture_output=True,
+        text=True,
+        env=dict(environment),
+        timeout=60,
     )
     lines = (told.stdout + told.stderr).strip().splitlines()
     return f"exit code {told.returncode}: {lines[-1] if lines else 'nothing said'}"
@@ -117,6 +124,11 @@ class Watched:
             self.samples.append({**self._ask("/statistics"), "at": time.monotonic(), "step": len(rows)})
             if not self.read_back and rows and len(rows) >= self._steps() - READ_BACK_AT:
                 self.read_back = self._read_back()
+
+    @property
+    def done(self) -> bool:
+        """All steps are."""
+        return len(self.rows()) >= self._steps()
 
     def rows(self) -> list[dict[str, float]]:
         """Metrics of the steps so far."""

@@ -47,7 +47,7 @@ def test_frozen_parameters_are_left_out():
     assert [len(g["params"]) for g in optimizer.param_groups] == [1]
 
 
-# --- parameters in bfloat16 ---------------------------------------------------------------------------------------------
+# --- parameters in bfloat16 ------------------------------------------------------------------------------------------
 def test_steps_too_small_for_bfloat16_add_up():
     """From 1.0 the next bfloat16 is 2^-7 away: eight steps of 2^-9 reach two of them."""
     weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
@@ -56,10 +56,10 @@ def test_steps_too_small_for_bfloat16_add_up():
     for _ in range(8):
         weight.grad = -torch.ones_like(weight)
         optimizer.step()
-        seen.append(float(weight[0, 0]))
+        seen.append(weight[0, 0].item())
     assert seen[0] == 1.0
     assert seen[-1] == 1.0 + 2**-6
-    assert float(optimizer.state[weight]["copy"][0, 0]) == pytest.approx(1.0 + 8 * 2**-9)
+    assert optimizer.state[weight]["copy"][0, 0].item() == pytest.approx(1.0 + 8 * 2**-9)
 
 
 def test_copies_move_as_float32_parameters_would():
