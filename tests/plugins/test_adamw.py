@@ -47,6 +47,45 @@ def test_frozen_parameters_are_left_out():
     assert [len(g["params"]) for g in optimizer.param_groups] == [1]
 
 
+# --- parameters in bfloat16 ------------------------------------------------------------------------------------------
+def test_steps_too_small_for_bfloat16_add_up():
+    """From 1.0 the next bfloat16 is 2^-7 away: eight steps of 2^-9 reach two of them."""
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    optimizer = build(AdamWConfig(weight_decay=0.0), [("weight", weight)], 2**-9)
+    seen = []
+    for _ in range(8):
+        weight.grad = -torch.ones_like(weight)
+        optimizer.step()
+        seen.append(weight[0, 0].item())
+    assert seen[0] == 1.0
+    assert seen[-1] == 1.0 + 2**-6
+    assert optimizer.state[weight]["copy"][0, 0].item() == pytest.approx(1.0 + 8 * 2**-9)
+
+
+def test_copies_move_as_float32_parameters_would():
+    narrow, wide = model().bfloat16(), model().bfloat16().float()
+    optimizers = [build(AdamWConfig(), network.named_parameters(), 0.01) for network in (narrow, wide)]
+    for _ in range(3):
+        for network, optimizer in zip((narrow, wide), optimizers, strict=True):
+            moved(optimizer, network)
+    for name, parameter in narrow.named_parameters():
+        copy = optimizers[0].state[parameter]["copy"]
+        assert copy.equal(wide.get_parameter(name))
+        assert parameter.equal(copy.bfloat16())
+
+
+def test_a_loaded_state_keeps_every_bit_of_its_copies():
+    network = model().bfloat16()
+    optimizer = build(AdamWConfig(), network.named_parameters(), 0.01)
+    moved(optimizer, network)
+    other = build(AdamWConfig(), network.named_parameters(), 0.01)
+    other.load_state_dict(optimizer.state_dict())
+    for parameter in network.parameters():
+        for key in ("copy", "exp_avg", "exp_avg_sq", "step"):
+            assert other.state[parameter][key].dtype == torch.float32
+            assert other.state[parameter][key].equal(optimizer.state[parameter][key])
+
+
 @pytest.mark.parametrize(
     "wrong", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": 0.0}, {"weight_decay": -1.0}], ids=str
 )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from prl.compose.compose import compose
+from prl.errors import ConfigError
 from prl_native import Bf16Config, Fp32Config, prl_quantizations
 from prl_native.formats import bf16, fp32
+
+CONFIG = Path(__file__).parents[2] / "configs" / "spell_backward.toml"
 
 
 def test_fp32_sends_what_it_is_given():
@@ -21,6 +27,20 @@ def test_bf16_rounds_on_the_way_out_and_trains_in_float32():
     assert sent.dtype == number_format.serve_dtype == torch.bfloat16
     assert sent.tolist() == [1.0, 1.0, -3.140625]
     assert number_format.train_dtype == torch.float32
+
+
+def test_bf16_can_hold_the_trainers_parameters_in_bfloat16():
+    number_format = bf16(Bf16Config(parameters="bfloat16"))
+    assert (number_format.train_dtype, number_format.serve_dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_parameters_in_bfloat16_want_an_optimizer_with_float32_copies():
+    edits = ["quantization.type=bf16", "quantization.parameters=bfloat16"]
+    assert compose(CONFIG, overrides=edits, probe=False).run.optimizer.keeps_float32
+    with pytest.raises(ConfigError) as refused:
+        compose(CONFIG, plugins="sign_sgd", overrides=[*edits, "optimizer.type=sign_sgd"], probe=False)
+    (problem,) = refused.value.problems
+    assert "SignSgdConfig keeps no float32 copies" in problem.message
 
 
 def test_integers_travel_as_they_are():

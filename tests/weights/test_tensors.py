@@ -8,7 +8,15 @@ import attrs
 import pytest
 import torch
 from prl.errors import InfrastructureError, RunError
-from prl.weights.tensors import read_tensors, tensor_bytes, write_atomically, write_raw, write_safetensors
+from prl.weights.tensors import (
+    LARGE,
+    THREADS,
+    read_tensors,
+    tensor_bytes,
+    write_atomically,
+    write_raw,
+    write_safetensors,
+)
 from safetensors.torch import load_file
 
 WRITERS = [write_raw, write_safetensors]
@@ -49,6 +57,37 @@ def test_records_say_where_and_what(tmp_path):
     first, second = write_atomically(tmp_path / "weights", write_raw, [("a", content[:3]), ("b", content)])
     assert (first.offset, first.nbytes, second.offset, second.nbytes) == (0, 12, 64, 16)
     assert (second.dtype, second.shape, second.checksum) == ("float32", (4,), zlib.crc32(content.numpy().tobytes()))
+
+
+def large() -> list[tuple[str, torch.Tensor]]:
+    """Enough for several threads, among tensors that need none, after which sizes are no multiple of the alignment."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [LARGE // 4 + n for n in range(3 * THREADS)]
+    return [
+        (f"{kind}.{n}", torch.randn(count, generator=draw))
+        for n, size in enumerate(sizes)
+        for kind, count in (("large", size), ("small", 3))
+    ]
+
+
+def test_several_threads_write_and_read_what_one_would(tmp_path):
+    records = write_atomically(tmp_path / "weights", write_raw, iter(large()))
+    assert [record.name for record in records] == [name for name, _ in large()]
+    ends = [record.offset + record.nbytes for record in records]
+    assert all(0 <= after.offset - end < 64 for after, end in zip(records[1:], ends, strict=False))
+    assert all(record.checksum == zlib.crc32(tensor_bytes(t)) for record, (_, t) in zip(records, large(), strict=True))
+    seen = list(read_tensors(tmp_path / "weights", records, what="version 1"))
+    assert all(name == known and same(t, content) for (name, t), (known, content) in zip(seen, large(), strict=True))
+
+
+def test_one_damaged_byte_among_large_tensors_is_named(tmp_path):
+    records = write_atomically(tmp_path / "weights", write_raw, large())
+    damaged = next(record for record in records if record.name == "large.5")
+    with (tmp_path / "weights").open("r+b") as file:
+        file.seek(damaged.offset + 7)
+        file.write(b"!")
+    with pytest.raises(InfrastructureError, match=r"version 1: tensor large\.5 has checksum"):
+        dict(read_tensors(tmp_path / "weights", records, what="version 1"))
 
 
 def test_a_safetensors_file_is_one_for_everybody(tmp_path):

@@ -51,6 +51,8 @@ class LossConfig:
 class OptimizerConfig:
     """Base of `[optimizer]` sections."""
 
+    keeps_float32: ClassVar[bool] = False
+    """Whether it moves float32 copies of parameters that are held in fewer bits."""
     learning_rate: float = option(1e-6, help="peak learning rate of the rl phase", validator=positive)
 
 

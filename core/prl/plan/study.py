@@ -166,7 +166,7 @@ def study(composition: Composition, options: Options) -> Study:
     weight_map = composition.load(provider.weights)(run.model, vocab_size)
     dense, experts = exported_bytes(surveyed, weight_map, number_format, float32=provider.float32)
     build: Callable[[Any], Any] = lambda named: composition.build(run.optimizer, named, 1e-3)  # noqa: E731
-    per_byte, per_parameter = optimizer_bytes(build)
+    per_byte, per_parameter = optimizer_bytes(build, number_format.train_dtype)
     return Study(
         composition=composition,
         options=options,

@@ -315,11 +315,11 @@ def _exported(
 
 
 def optimizer_bytes(
-    build: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    build: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer], dtype: torch.dtype = torch.float32
 ) -> tuple[float, float]:
     """Bytes of optimizer state per byte of a parameter, and per parameter: from one step on two small parameters."""
     sizes = (64, 128)
-    parameters = [(f"p{size}", nn.Parameter(torch.zeros(size, size))) for size in sizes]
+    parameters = [(f"p{size}", nn.Parameter(torch.zeros(size, size, dtype=dtype))) for size in sizes]
     optimizer = build(parameters)
     for _, parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

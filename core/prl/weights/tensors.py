@@ -11,7 +11,9 @@ import math
 import mmap
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
@@ -33,6 +35,10 @@ class Output(Protocol):
 Writer: TypeAlias = Callable[[BinaryIO, Iterable[tuple[str, Tensor]]], tuple[TensorRecord, ...]]
 """`write_raw` or `write_safetensors`."""
 ALIGNMENT = 64
+THREADS = min(8, os.cpu_count() or 1)
+"""Copies and checksums of large tensors: one thread does about 1 GB/s of both."""
+LARGE = 1 << 18
+"""Bytes of a tensor from which another thread is worth its while."""
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -56,10 +62,33 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_raw(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
-    """One tensor after the other, each at a multiple of 64 bytes; holds no more than one of them at a time."""
-    records = tuple(_append(file, tensors, alignment=ALIGNMENT))
+    """One tensor after the other, each at a multiple of 64 bytes; large ones by several threads, a few at a time."""
     file.flush()
-    return records
+    records: list[TensorRecord] = []
+    ahead: deque[Future[TensorRecord] | TensorRecord] = deque()
+    end = file.tell()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, tensor in tensors:
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            end = offset + tensor.nbytes
+            arguments = (file.fileno(), offset, name, tensor)
+            ahead.append(pool.submit(_write_at, *arguments) if tensor.nbytes >= LARGE else _write_at(*arguments))
+            if len(ahead) > 2 * THREADS:
+                records.append(_done(ahead.popleft()))
+        records += map(_done, ahead)
+    return tuple(records)
+
+
+def _done(record: Future[TensorRecord] | TensorRecord) -> TensorRecord:
+    return record.result() if isinstance(record, Future) else record
+
+
+def _write_at(descriptor: int, offset: int, name: str, tensor: Tensor) -> TensorRecord:
+    content = tensor_bytes(tensor)
+    written = 0
+    while written < content.nbytes:
+        written += os.pwrite(descriptor, content[written:], offset + written)
+    return _record(name, tensor, content, offset)
 
 
 def write_safetensors(file: Output, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
@@ -107,8 +136,17 @@ def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> I
         raise InfrastructureError(f"{what}: {path} is gone") from None
     except OSError as error:
         raise InfrastructureError(f"{what} cannot be read: {error}") from None
-    for record in records:
-        yield record.name, _read(mapped, size, record, what)
+    if sum(record.nbytes for record in records) < THREADS * LARGE:
+        for record in records:
+            yield record.name, _read(mapped, size, record, what)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = [(record.name, pool.submit(_read, mapped, size, record, what)) for record in records]
+        try:
+            for name, tensor in read:
+                yield name, tensor.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _read(mapped: mmap.mmap | None, size: int, record: TensorRecord, what: str) -> Tensor:
@@ -135,14 +173,18 @@ def _append(file: Output, tensors: Iterable[tuple[str, Tensor]], *, alignment: i
         file.write(b"\0" * (-file.tell() % alignment))
         offset, content = file.tell(), tensor_bytes(tensor)
         file.write(content)
-        yield TensorRecord(
-            name=name,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            offset=offset,
-            nbytes=content.nbytes,
-            checksum=zlib.crc32(content),
-        )
+        yield _record(name, tensor, content, offset)
+
+
+def _record(name: str, tensor: Tensor, content: memoryview, offset: int) -> TensorRecord:
+    return TensorRecord(
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        offset=offset,
+        nbytes=content.nbytes,
+        checksum=zlib.crc32(content),
+    )
 
 
 def safetensors_header(tensors: Sequence[tuple[str, Tensor]], *, metadata: Mapping[str, str] | None = None) -> bytes:

@@ -23,6 +23,9 @@ from prl_vllm import metrics
 CONNECT_SECONDS = 10.0
 ID_PREFIX = "generate-tokens-"
 """What the server puts before the request ids it is given."""
+FINAL_ONLY = 2
+"""vLLM's `RequestOutputKind` of all members at once, at the end. Releases before 0.30 do not choose it by themselves,
+and lose members that end early."""
 
 
 @attrs.frozen(kw_only=True)
@@ -100,7 +103,7 @@ class VllmApi:
 
     async def abort(self, request_id: str) -> None:
         """Whoever waits for it gets the tokens so far."""
-        await self._request("POST", "/inference/v1/abort_requests", {"request_ids": [ID_PREFIX + request_id]})
+        await self._request("POST", "/abort_requests", {"request_ids": [ID_PREFIX + request_id]})
 
     # --- control ------------------------------------------------------------------------------------------------------
     async def pause(self, *, clear_cache: bool, keep: bool = True) -> None:
@@ -216,6 +219,7 @@ def _generate_body(ask: Ask) -> dict[str, Any]:
             "ignore_eos": True,  # the renderer's stop tokens are all there are
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
+            "output_kind": FINAL_ONLY,
             **({"routed_experts_prompt_start": ask.routes_from} if ask.routes_from else {}),
         },
     }

@@ -76,6 +76,10 @@ class VllmConfig(EngineConfig):
         help="what unfinished sequences go on with after a weight update: the keys and values they have, or new ones, "
         "computed again under the new weights",
     )
+    staging: Literal["host", "device"] = option(
+        "host",
+        help="where a new version waits to be served; device: a shorter pause, for room for all weights once more",
+    )
     prefix_caching: bool = option(
         True, help="prompts reuse what others computed under the same policy version, where the model allows it"
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -61,6 +62,7 @@ class Engine:
         self._staging = asyncio.Lock()
         self._changing = asyncio.Lock()
         self._updates = 0
+        self._update_seconds = 0.0
         self._paused = False
         self.version = -1
         self.length = length
@@ -96,8 +98,7 @@ class Engine:
             changes = self._updates - updates
             if not changes or (changes == 1 and any(c.stop is StopReason.ABORT for c in answer.completions)):
                 break  # else it may have waited inside vLLM while weights changed
-        marked = (attrs.evolve(c, versions=np.full(len(c.tokens), version, np.int32)) for c in answer.completions)
-        return attrs.evolve(answer, completions=tuple(marked))
+        return attrs.evolve(answer, completions=tuple(_marked(c, version) for c in answer.completions))
 
     def _ask(self, request: Request, first: int, n: int) -> Ask:
         sampling = attrs.evolve(request.sampling, seed=request.sampling.seed + first)
@@ -200,7 +201,9 @@ class Engine:
                     409, f"version {version} was not prepared ({known}, version {self.version} is served)"
                 )
             async with self._door.closed():
+                started = time.monotonic()
                 await self._swap(version)
+                self._update_seconds += time.monotonic() - started
 
     async def _swap(self, version: int) -> None:
         self._staged = None
@@ -244,7 +247,7 @@ class Engine:
 
     # --- what a person or the controller asks -------------------------------------------------------------------------
     async def statistics(self) -> Mapping[str, float]:
-        """Totals since the start; `running` and `waiting` count sequences."""
+        """Totals since the start; `running` and `waiting` count sequences; nothing was computed in `update_seconds`."""
         metrics = await self._api.metrics()
         return {
             "version": self.version,
@@ -261,12 +264,23 @@ class Engine:
             "prefix_hit_tokens": metrics.get("prefix_cache_hits_total", 0.0),
             "busy_seconds": self._door.busy_seconds,
             "updates": self._updates,
+            "update_seconds": self._update_seconds,
         }
 
 
 def _salt(version: int) -> str:
     """Prompts share what was computed for them under one version."""
     return f"version-{version}"
+
+
+def _marked(completion: Completion, version: int) -> Completion:
+    """All of it was computed under one version."""
+    routes = completion.routes
+    return attrs.evolve(
+        completion,
+        versions=np.full(len(completion.tokens), version, np.int32),
+        routes=routes and attrs.evolve(routes, versions=np.full(len(routes.versions), version, np.int32)),
+    )
 
 
 def _cut_short(tokens: Int32) -> Completion:

@@ -134,6 +134,8 @@ def _not_on_a_cpu(engine: VllmConfig) -> Iterator[str]:
     }.items():
         if value:
             yield f"{where} = {str(value).lower()} needs a GPU: vLLM's CPU backend has nothing for it"
+    if engine.staging == "device":
+        yield 'engine.staging = "device" needs a GPU'
     if engine.parallel.experts and engine.parallel.data > 1:
         yield "engine.parallel.experts with engine.parallel.data > 1 needs GPUs: on a CPU vLLM cannot join the copies"
 

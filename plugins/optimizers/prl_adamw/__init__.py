@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import attrs
 from attrs import validators
@@ -14,6 +15,8 @@ from prl.providers import Optimizer
 @attrs.frozen(kw_only=True)
 class AdamWConfig(OptimizerConfig):
     """`[optimizer]` with `type = "adamw"`."""
+
+    keeps_float32: ClassVar[bool] = True
 
     betas: tuple[float, float] = option(
         (0.9, 0.999),

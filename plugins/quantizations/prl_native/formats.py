@@ -45,5 +45,6 @@ def fp32(config: Fp32Config) -> NativeFormat:
 
 
 def bf16(config: Bf16Config) -> NativeFormat:
-    """Parameters, optimizer state and arithmetic of the trainer stay float32; only the copy that is sent is rounded."""
-    return NativeFormat(train_dtype=torch.float32, serve_dtype=torch.bfloat16, tolerance=1e-2)
+    """Optimizer state is float32 in any case; parameters and arithmetic of the trainer are what the section says."""
+    held = torch.bfloat16 if config.parameters == "bfloat16" else torch.float32
+    return NativeFormat(train_dtype=held, serve_dtype=torch.bfloat16, tolerance=1e-2)

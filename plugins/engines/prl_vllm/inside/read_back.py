@@ -56,13 +56,14 @@ def _read(tensor: Tensor, places: list[Placed]) -> Tensor:
     """The tensor as it is served, from the first place that has all of it."""
     for place in places:
         served = unpacked(place.layer, place.parameter, place.shape)
-        index = _scratch(place, torch.int64)
-        place.load(index, 1 + torch.arange(tensor.numel()).reshape(tensor.shape))
-        taken = index.flatten()
-        if taken.sort().values[-tensor.numel() :].equal(1 + torch.arange(tensor.numel())):
-            flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            held = taken > 0
-            flat[taken[held] - 1] = served.flatten()[held].to(tensor.dtype)
+        index = _scratch(place, torch.int64, served.device)
+        numbers = 1 + torch.arange(tensor.numel(), device=served.device)
+        place.load(index, numbers.reshape(tensor.shape))
+        held = index.flatten().nonzero().flatten()  # a small part of a parameter that all experts share
+        taken = index.flatten()[held]
+        if len(taken) == len(numbers) and taken.sort().values.equal(numbers):
+            flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=served.device)
+            flat[taken - 1] = served.flatten()[held].to(tensor.dtype)
             return flat.reshape(tensor.shape)
         if _computed_alike(place, tensor, served):
             return tensor
@@ -70,14 +71,14 @@ def _read(tensor: Tensor, places: list[Placed]) -> Tensor:
 
 
 def _computed_alike(place: Placed, tensor: Tensor, served: Tensor) -> bool:
-    expected = _scratch(place, served.dtype).fill_(torch.nan)
-    place.load(expected, tensor)
+    expected = _scratch(place, served.dtype, served.device).fill_(torch.nan)
+    place.load(expected, tensor.to(served.device))
     held = ~expected.isnan()
     return bool(held.any()) and expected[held].equal(served[held])
 
 
-def _scratch(place: Placed, dtype: torch.dtype) -> Tensor:
-    made = torch.zeros(place.shape, dtype=dtype)
+def _scratch(place: Placed, dtype: torch.dtype, device: torch.device) -> Tensor:
+    made = torch.zeros(place.shape, dtype=dtype, device=device)
     made.__class__ = place.kind
     made.__dict__ = dict(place.attributes)
     return made
@@ -137,7 +138,7 @@ def unpacked(layer: nn.Module, parameter: str, shape: torch.Size) -> Tensor:
         raise RuntimeError(
             f"{type(layer).__name__}.{parameter} is served as {tuple(kept.shape)}, loaded as {tuple(shape)}"
         )
-    return kept.cpu()
+    return kept
 
 
 def _through_kernel(layer: nn.Module, shape: torch.Size) -> Tensor:

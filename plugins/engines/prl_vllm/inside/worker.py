@@ -14,6 +14,7 @@ from typing import Any
 
 import attrs
 import msgpack  # type: ignore[import-untyped]
+import torch
 from prl import wire
 from prl.compose.compose import open_run
 from prl.providers import WeightReceiver
@@ -34,6 +35,9 @@ class Staged:
     version: int
     thread: threading.Thread | None = None
     tensors: dict[str, Tensor] | None = None
+    """In host memory."""
+    on_device: dict[str, Tensor] | None = None
+    """The same until it is loaded, where the run stages versions on the device."""
     error: str = ""
 
 
@@ -49,8 +53,10 @@ class Extension:
     def prl_prepare(self, run_dir: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """Begin to fetch and verify a version; `prl_prepared` says how it went."""
         staged = Staged(int(manifest["version"]))
-        receiver = _receiver(self.__dict__, run_dir)
-        staged.thread = threading.Thread(target=_fetch, args=(staged, receiver, _manifest(manifest)), daemon=True)
+        source = _source(self.__dict__, run_dir)
+        device = self.__dict__["device"] if source.on_device else None
+        arguments = (staged, source.receiver, _manifest(manifest), device)
+        staged.thread = threading.Thread(target=_fetch, args=arguments, daemon=True)
         self.__dict__["prl_staged"] = staged
         staged.thread.start()
         return {}
@@ -75,7 +81,8 @@ class Extension:
         if staged.tensors is None:
             raise RuntimeError(staged.error)
         started = time.perf_counter()
-        Loader(self).load(staged.tensors)
+        Loader(self).load(staged.on_device or staged.tensors)
+        staged.on_device = None
         self.__dict__["prl_served"] = staged
         return {"seconds": time.perf_counter() - started, "tensors": len(staged.tensors)}
 
@@ -98,14 +105,25 @@ class Extension:
         return dict(checksums(Loader(self), served.tensors, frozenset(names)))
 
 
-def _receiver(worker: dict[str, Any], run_dir: str) -> WeightReceiver:
-    """The run's weight transport, engine side; built once for each run directory."""
-    known: dict[str, WeightReceiver] = worker.setdefault("prl_receivers", {})
+@attrs.frozen(eq=False)
+class Source:
+    """Where a run's versions come from."""
+
+    receiver: WeightReceiver
+    """The run's weight transport, engine side."""
+    on_device: bool
+    """They are staged there."""
+
+
+def _source(worker: dict[str, Any], run_dir: str) -> Source:
+    """Built once for each run directory."""
+    known: dict[str, Source] = worker.setdefault("prl_sources", {})
     if run_dir not in known:
         composition = open_run(RunDir(Path(run_dir)))
-        provider = composition.provider(composition.run.weights)
-        receive = composition.load(provider.receive)  # type: ignore[attr-defined]
-        known[run_dir] = receive(composition.run.weights, Path(run_dir))
+        run = composition.run
+        receive = composition.load(composition.provider(run.weights).receive)  # type: ignore[attr-defined]
+        staging = getattr(run.engine, "staging", "host")
+        known[run_dir] = Source(receive(run.weights, Path(run_dir)), staging == "device")
     return known[run_dir]
 
 
@@ -115,9 +133,21 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def _fetch(staged: Staged, receiver: WeightReceiver, manifest: Manifest) -> None:
+def _fetch(staged: Staged, receiver: WeightReceiver, manifest: Manifest, device: torch.device | None) -> None:
     """In a thread of its own. Whatever is wrong with the version is the trainer's to know, never this process's end."""
     try:
-        staged.tensors = dict(receiver.fetch(manifest))
+        tensors = dict(receiver.fetch(manifest))
+        if device is not None:
+            staged.on_device = _copied(tensors, device)
+        staged.tensors = tensors
     except Exception as error:
         staged.error = f"{error}"
+
+
+def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """On a stream of their own: what is computed meanwhile does not wait for the copies."""
+    stream = torch.Stream(device=device)
+    with stream:
+        copies = {name: tensor.to(device) for name, tensor in tensors.items()}
+    stream.synchronize()
+    return copies
