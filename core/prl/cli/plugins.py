@@ -31,6 +31,7 @@ IMPORTED_BY = {
     ("optimizer", "build"): "trainer",
     ("quantization", "build"): "trainer, engine",
     ("engine", "serve"): "engine",
+    ("engine", "join"): "engine-part",
     ("engine", "connect"): "controller, environment",
     ("weight_transport", "send"): "trainer",
     ("weight_transport", "receive"): "engine",
