@@ -14,7 +14,7 @@ import attrs
 from prl.errors import InfrastructureError
 from prl.types import Completion, Manifest, Sampling
 
-from prl_torch_engine.columns import MEDIA_TYPE, unpack
+from prl_torch_engine.columns import MEDIA_TYPE, Completions, unpack
 from prl_torch_engine.refusal import sentence_in
 
 CONNECT_SECONDS = 10.0
@@ -45,7 +45,7 @@ class TorchEngineClient:
             "routes_from": routes_from,
         }
         answer = await self._request("POST", "/inference/v1/generate", body, accept=MEDIA_TYPE)
-        return list(unpack(answer).completions)
+        return list(unpack(answer, Completions).completions)
 
     async def prepare(self, manifest: Manifest) -> None:
         await self._request("POST", "/weights/prepare", attrs.asdict(manifest))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from prl.compose.config import Run
 
 from prl_vllm import release
-from prl_vllm.config import KvTiers, Parallel, VllmConfig
+from prl_vllm.config import KvTiers, Parallel, Prefill, VllmConfig
 from prl_vllm.inside import ROUTES, SWITCH
 
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -31,11 +31,18 @@ class ServedModel(Protocol):
 
 
 def arguments(
-    run: Run, config: VllmConfig, served: ServedModel, *, model: Path, cpu: bool, routes: bool = False
+    run: Run,
+    config: VllmConfig,
+    served: ServedModel,
+    *,
+    model: Path,
+    cpu: bool,
+    routes: bool = False,
+    identity: str = "",
 ) -> dict[str, Any]:
     """Python name -> value of every argument but the address; `engine.options` may override defaults, not decisions.
 
-    `routes`: expert choices are reported.
+    `routes`: expert choices are reported. `identity`: what vLLM calls this server where it shares keys and values.
     """
     kv_cache = config.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else 0)
     return {
@@ -43,7 +50,7 @@ def arguments(
         # On processors with AMX vLLM prefers a kernel that computes in bfloat16 alone, whatever the dtype.
         **({"attention_backend": "CPU_MLA"} if cpu and served.latent and served.dtype == "float32" else {}),
         **_parallel(config.parallel),
-        **_kv_tiers(config.kv_tiers),
+        **_kv_transfer(config, cpu=cpu, identity=identity),
         **({"quantization": "fp8"} if config.fp8.weights else {}),
         **({"kv_cache_dtype": "fp8"} if config.fp8.kv_cache else {}),
         **({"enable_return_routed_experts": True} if routes and not cpu else {}),
@@ -76,14 +83,41 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _kv_tiers(tiers: KvTiers) -> dict[str, Any]:
-    if not tiers.host_bytes:
+def _kv_transfer(config: VllmConfig, *, cpu: bool, identity: str) -> dict[str, Any]:
+    """Where keys and values go, and come from. What cannot be had from there is computed."""
+    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, cpu=cpu)]
+    if not connectors:
         return {}
+    several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
+    chosen = connectors[0] if len(connectors) == 1 else several
+    common = {"kv_role": "kv_both", "engine_id": identity, "kv_load_failure_policy": "recompute"}
+    return {"kv_transfer_config": {**chosen, **common}}
+
+
+def _hand_over(prefill: Prefill, *, cpu: bool) -> Iterator[dict[str, Any]]:
+    if prefill.count:
+        # What nobody fetched within the lease is forgotten; until then nothing else may be written there.
+        lease = {"kv_lease_duration": round(2 * prefill.patience) + 1}
+        device = {"kv_buffer_device": "cpu"} if cpu else {}
+        yield {
+            "kv_connector": "NixlConnector",
+            "kv_role": "kv_both",
+            **device,
+            "kv_connector_extra_config": lease,
+        }
+
+
+def _kv_tiers(tiers: KvTiers, *, cpu: bool) -> Iterator[dict[str, Any]]:
+    if not tiers.host_bytes:
+        return
     extra: dict[str, Any] = {"cpu_bytes_to_use": tiers.host_bytes}
+    if cpu:
+        extra |= {"spec_name": "HostTiers", "spec_module_path": "prl_vllm.inside.tiers"}
+    elif tiers.disk:
+        extra |= {"spec_name": "TieringOffloadingSpec"}
     if tiers.disk:
-        extra |= {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": tiers.disk}]}
-    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    return {"kv_transfer_config": connector}
+        extra |= {"secondary_tiers": [{"type": "fs", "root_dir": tiers.disk}]}
+    yield {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
 def command_line(values: Mapping[str, Any]) -> Iterator[str]:
@@ -99,8 +133,13 @@ def command_line(values: Mapping[str, Any]) -> Iterator[str]:
             yield value if isinstance(value, str) else json.dumps(value)
 
 
-def environment(config: VllmConfig, *, cpu: bool, routes: bool = False) -> dict[str, str]:
-    """What is added to the environment of vLLM's processes."""
+def environment(
+    config: VllmConfig, *, cpu: bool, routes: bool = False, exchange: tuple[str, int] | None = None
+) -> dict[str, str]:
+    """What is added to the environment of vLLM's processes.
+
+    `exchange`: address and port at which other servers learn where the keys and values of this one are.
+    """
     # Threads that spin while they wait for each other take the cores from those they wait for.
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "passive"}
     return {
@@ -111,6 +150,11 @@ def environment(config: VllmConfig, *, cpu: bool, routes: bool = False) -> dict[
         **({**threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpu else {}),
         **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
         **({ROUTES: "1"} if routes else {}),
+        **(
+            {"VLLM_NIXL_SIDE_CHANNEL_HOST": exchange[0], "VLLM_NIXL_SIDE_CHANNEL_PORT": str(exchange[1])}
+            if exchange
+            else {}
+        ),
         **config.environment,
     }
 

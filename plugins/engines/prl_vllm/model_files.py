@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -80,7 +81,9 @@ def write(described: Described, folder: Path, *, length: int, cpu: bool) -> Path
         raise UserError("vLLM's CPU backend serves no quantised weights: use quantization fp32 or bf16, or GPUs")
     folder.mkdir(parents=True, exist_ok=True)
     config = _dense(described.hf_config, length) if cpu and "index_topk" in described.hf_config else described.hf_config
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    partial = folder / f"config.json.{secrets.token_hex(4)}"
+    partial.write_text(json.dumps(config, indent=2))
+    partial.replace(folder / "config.json")  # at once: the engines of a run share the folder
     return folder
 
 

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+import secrets
+import socket
+import zlib
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from prl import network
 from prl.compose.routing import replayed
 from prl.errors import InfrastructureError
 from prl_torch_engine.server import application, listening
 
 from prl_vllm import arguments as vllm
-from prl_vllm import model_files
+from prl_vllm import handover, model_files
 from prl_vllm.api import VllmApi
 from prl_vllm.config import VllmConfig
 from prl_vllm.engine import Engine
+from prl_vllm.handover import Prefills
 from prl_vllm.inside import KEY_VARIABLE, PROTOCOL
 from prl_vllm.model_files import Described
 from prl_vllm.process import started
@@ -41,7 +47,7 @@ async def serve(context: EngineContext) -> None:
     run = context.composition.run
     config = cast(VllmConfig, run.engine)
     described = await asyncio.to_thread(model_files.describe, context.composition)
-    async with _server(context, config, described) as (api, ended):
+    async with _server(context, config, described) as (api, ended), _prefills(context, config) as prefills:
         description = await _expect_extension(api)
         engine = Engine(
             api,
@@ -52,15 +58,35 @@ async def serve(context: EngineContext) -> None:
             sequences=config.sequences,
             recompute=config.on_update == "recompute",
             tells_versions=description["tells_versions"],
+            prefills=prefills,
         )
+        app = application(engine, described, context.token)
+        app.add_routes([web.get("/weights/checksums", _checksums(engine))])
+        computes_prompts = config.kind_of(context.index) == "prefill"
+        if computes_prompts:
+            app.add_routes([web.post(handover.PATH, handover.PrefillEndpoint(engine).prefill)])
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ended)
             tasks.create_task(_broken(engine))
-            app = application(engine, described, context.token)
-            app.add_routes([web.get("/weights/checksums", _checksums(engine))])
             async with listening(app, context.host) as url:
+                if computes_prompts:
+                    handover.announce(context.run_dir, context.index, url)
                 await context.announce(url)
                 await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _prefills(context: EngineContext, config: VllmConfig) -> AsyncIterator[Prefills | None]:
+    """Those that this engine leaves its prompts to."""
+    if config.kind_of(context.index) != "decode":
+        yield None
+        return
+    prefill = config.prefill
+    prefills = Prefills(context.run_dir, prefill.count, token=context.token, patience=prefill.patience)
+    try:
+        yield prefills
+    finally:
+        await prefills.aclose()
 
 
 @asynccontextmanager
@@ -78,13 +104,43 @@ async def _server(
     run = context.composition.run
     cpu = vllm.on_cpu(run)
     length = config.length or run.rollouts.sequence_length
-    folder = context.run_dir.path / "engines" / str(context.index)
+    # One for all engines: servers that hand keys and values to each other compare its name.
+    folder = context.run_dir.path / "engines" / "model"
     model_files.write(described, folder, length=length, cpu=cpu)
     routes = replayed(context.composition) is not None
-    values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=routes)
-    environment = vllm.environment(config, cpu=cpu, routes=routes)
-    async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
-        yield server.api, server.ended()
+    with _identity(context) as identity:
+        values = vllm.arguments(
+            run, config, described, model=folder, cpu=cpu, routes=routes, identity=identity
+        )
+        exchange = (network.address(run), _free_port()) if config.prefill.count else None
+        environment = vllm.environment(config, cpu=cpu, routes=routes, exchange=exchange)
+        async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
+            yield server.api, server.ended()
+
+
+@contextmanager
+def _identity(context: EngineContext) -> Iterator[str]:
+    """A name for this server among those that share keys and values, new with each start.
+
+    vLLM's host memory for them is a file of that name: what a server that was killed left behind is removed first.
+    """
+    engine = f"prl-{zlib.crc32(str(context.run_dir.path).encode()):08x}-{context.index}-"
+
+    def clear() -> None:
+        for file in Path("/dev/shm").glob(f"vllm_offload_{engine}*"):
+            file.unlink(missing_ok=True)
+
+    clear()
+    try:
+        yield engine + secrets.token_hex(4)
+    finally:
+        clear()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
 
 
 def _checksums(engine: Engine) -> Handler:
