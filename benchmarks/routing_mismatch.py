@@ -28,7 +28,8 @@ from prl.blocks.context import Context
 from prl.blocks.decoder import Decoder
 from prl.blocks.routing import Replay, RouteLog
 from prl.compose.routing import Routing
-from prl.types import Completion, Sampling
+from prl.serve.requests import Request
+from prl.types import Completion, Sampling, as_tokens
 from prl_glm5 import Glm51Config
 from prl_glm5 import network as glm5
 from prl_glm5.sizes import routing as glm5_routing
@@ -39,7 +40,6 @@ from prl_nemotron3 import UltraConfig
 from prl_nemotron3 import network as nemotron
 from prl_nemotron3 import prl_models as nemotron_models
 from prl_nemotron3.sizes import routing as nemotron_routing
-from prl_torch_engine.requests import Request
 from prl_torch_engine.scheduler import Scheduler
 from torch import Tensor
 
@@ -110,7 +110,7 @@ def sample(model: Decoder, routing: Routing, prompts: Sequence[list[int]]) -> li
     for index, prompt in enumerate(prompts):
         sampling = Sampling(max_tokens=SAMPLED, seed=index)
         engine.add(
-            Request(request_id=str(index), prompt=torch.tensor(prompt), sampling=sampling, n=1, stop=(), routes_from=0)
+            Request(request_id=str(index), prompt=as_tokens(prompt), sampling=sampling, n=1, stop=(), routes_from=0)
         )
     with torch.inference_mode():
         while engine.busy:

@@ -24,6 +24,8 @@ pytestmark = needs_proc
 
 STALE = ("scheduler.max_staleness=2", "trainer.ranks=2", "checkpoints.every=2", "evaluation.every=0", "trackers=[]")
 MORE_STEPS = 3
+FLIPPED_STEP = 4
+"""Before the cut, so that the first launch's replay meets it."""
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,16 @@ def stale(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = folder / "tiny.toml"
     config.write_text(TINY)
     with launched(config, folder / "run", "run.steps=2000", *STALE) as run:
-        run.until(lambda: len(run.rl_steps) >= 3)
+        run.until(lambda: _cut(run.dir) >= FLIPPED_STEP)
         kill(run)
-    cut = checkpoint_dir.step_of(checkpoint_dir.complete(run.dir.checkpoints)[-1])
+    cut = _cut(run.dir)
     succeed("resume", str(run.dir.path), *sets([f"run.steps={cut - 2 + MORE_STEPS}"]))
     return Run(dir=run.dir)
+
+
+def _cut(run_dir: RunDir) -> int:
+    """Step of the newest complete checkpoint, 0 without one."""
+    return max(map(checkpoint_dir.step_of, checkpoint_dir.complete(run_dir.checkpoints)), default=0)
 
 
 def replayed(run_dir: RunDir, *words: str) -> tuple[int, dict[str, Any]]:
@@ -61,7 +68,7 @@ def test_batches_and_weights_are_the_same_across_the_kill(stale: Run) -> None:
 def test_one_bit_of_one_log_probability_is_found_at_its_step(stale: Run, tmp_path: Path) -> None:
     shutil.copytree(stale.dir.path, tmp_path / "run", ignore=shutil.ignore_patterns("replay"))
     run_dir = RunDir(tmp_path / "run")
-    step = 4
+    step = FLIPPED_STEP
     query = "SELECT group_id FROM batches b JOIN members m ON m.batch = b.id JOIN issues i ON i.id = m.issue"
     trained = {row[0] for row in snapshot(run_dir.ledger).execute(f"{query} WHERE step = {step} AND b.launch = 1")}
     path = event_log.path_of(run_dir, 1)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prl import wire
+from prl.serve.columns import Completions, pack, unpack
 from prl.types import Completion, Manifest, Sampling, StopReason, as_tokens
-from prl_torch_engine.columns import Completions, pack, unpack
 
 from tests.fuzz.hostile import fuzzed, nested, numbers
 from tests.plugins.served_engine import TOKEN, Served, serving

@@ -13,15 +13,15 @@ import attrs
 from prl.blocks.decoder import Decoder
 from prl.compose.routing import Routing
 from prl.errors import UserError
+from prl.serve.application import application, listening
+from prl.serve.client import HttpEngineClient, connect
+from prl.serve.speech import Speech
 from prl.types import Manifest, Message
 from prl_disk import DiskConfig
 from prl_disk.files import receive, send
-from prl_torch_engine.client import TorchEngineClient, connect
 from prl_torch_engine.engine import Engine
 from prl_torch_engine.generation import Generation
-from prl_torch_engine.loading import Loaded
 from prl_torch_engine.scheduler import Scheduler
-from prl_torch_engine.server import application, listening
 from prl_torch_engine.weights import Weights
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class Served:
     """A running engine and both ends of its weights."""
 
     url: str
-    client: TorchEngineClient
+    client: HttpEngineClient
     engine: Engine
     generation: Generation
     scheduler: Scheduler
@@ -123,11 +123,11 @@ async def serving(
     generation = Generation(scheduler)
     weights = Weights(model, SameNames(), receive(DiskConfig(), folder))
     engine = Engine(scheduler, generation, weights, vocab_size=VOCAB)
-    loaded = Loaded(name="tiny", module=model, weight_map=SameNames(), tokenizer=Letters(), renderer=LettersRenderer())
+    speech = Speech(model="tiny", tokenizer=Letters(), renderer=LettersRenderer())
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(asyncio.to_thread(generation.run))
         try:
-            async with listening(application(engine, loaded, TOKEN), "127.0.0.1") as url:
+            async with listening(application(engine, speech, TOKEN), "127.0.0.1") as url:
                 client = connect(url, TOKEN)
                 served = Served(
                     url=url,

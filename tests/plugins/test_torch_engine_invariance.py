@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
+from prl.serve.requests import Request
 from prl_qwen3 import Qwen3Config
 from prl_qwen3.network import build
 from prl_torch_engine import TorchEngineConfig
-from prl_torch_engine.requests import Request
 from prl_torch_engine.scheduler import Scheduler
 from prl_torch_engine.server import batch_invariant
 

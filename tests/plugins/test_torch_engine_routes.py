@@ -14,6 +14,7 @@ from prl.blocks.decoder import Decoder
 from prl.blocks.routing import RouteLog
 from prl.compose.routing import Routing
 from prl.routes import RouteRecord, checked
+from prl.serve.requests import Request
 from prl.types import Completion, Sampling
 from prl_kimi_k2 import KimiK27Config
 from prl_kimi_k2 import network as kimi
@@ -21,7 +22,6 @@ from prl_kimi_k2.sizes import routing as kimi_routing
 from prl_nemotron3 import UltraConfig
 from prl_nemotron3 import network as nemotron
 from prl_nemotron3.sizes import routing as nemotron_routing
-from prl_torch_engine.requests import Request
 from prl_torch_engine.scheduler import Scheduler
 
 from tests.plugins.served_engine import serving

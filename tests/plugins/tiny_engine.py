@@ -13,8 +13,8 @@ from prl.blocks.mamba2 import Mamba2, MambaSizes
 from prl.blocks.mlp import GatedMLP
 from prl.blocks.norm import RMSNorm
 from prl.blocks.rope import RotaryEmbedding
-from prl.types import Completion, Sampling
-from prl_torch_engine.requests import Request, Result
+from prl.serve.requests import Request, Result
+from prl.types import Completion, Sampling, as_tokens
 from prl_torch_engine.scheduler import Scheduler
 
 VOCAB = 40
@@ -69,7 +69,7 @@ def request(
 ) -> Request:
     return Request(
         request_id=name,
-        prompt=torch.tensor(list(prompt)),
+        prompt=as_tokens(list(prompt)),
         sampling=Sampling(**{"max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         n=n,
         stop=stop,

@@ -49,7 +49,7 @@ class Model:
 
         self.composition: Composition = compose(CONFIG, plugins=plugins, overrides=edits)
         described = model_files.describe(self.composition)
-        self.vocab_size = described.tokenizer.vocab_size
+        self.vocab_size = described.speech.tokenizer.vocab_size
         self.llm = LLM(
             str(model_files.write(described, folder / str(os.getpid()), length=64, cpu=True)),
             load_format="dummy",

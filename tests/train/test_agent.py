@@ -100,9 +100,7 @@ def test_agents_meet_at_an_address_that_the_first_one_writes_down(tmp_path):
         meeting = Meeting(node=int(sys.argv[1]), nodes=2, address="127.0.0.2", run_dir=RunDir(sys.argv[2]))
         raise SystemExit(launch(sys.argv[3:], ranks=1, meeting=meeting))
     """
-    agents = [
-        subprocess.Popen([*rank_program(agent), node, str(run_dir.path), *ranks]) for node in ("1", "0")
-    ]
+    agents = [subprocess.Popen([*rank_program(agent), node, str(run_dir.path), *ranks]) for node in ("1", "0")]
     assert [process.wait(120) for process in agents] == [0, 0]
     assert json.loads(run_dir.rendezvous.read_text())["host"] == "127.0.0.2"
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 0 2 127.0.0.2 3", "1 0 1 2 127.0.0.2 3"]

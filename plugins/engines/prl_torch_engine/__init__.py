@@ -1,7 +1,7 @@
 """The embedded engine: the trainer's own torch modules behind an HTTP server.
 
 Chosen by `[engine] type = "torch"`. Its process runs `server:serve`; environment workers and the controller talk to it
-through `client:connect`. This module only describes the engine and imports no torch.
+through `prl.serve.client`. This module only describes the engine and imports no torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prl_engines() -> Iterable[Engine]:
             config=TorchEngineConfig,
             summary="the trainer's own modules: continuous batching, prefix reuse, in-flight weight updates",
             serve="prl_torch_engine.server:serve",
-            connect="prl_torch_engine.client:connect",
+            connect="prl.serve.client:connect",
             reports_routes=True,
         )
     ]

@@ -15,10 +15,11 @@ from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.errors import InfrastructureError
 from prl.providers import LanguageModel
+from prl.serve.requests import MAX_STOPS
 from prl.types import Completion, Float32, Int32, Routes, StopReason
 from torch import Tensor
 
-from prl_torch_engine.requests import MAX_STOPS, Job, Sequence
+from prl_torch_engine.jobs import Job, Sequence
 from prl_torch_engine.rows import Rows
 from prl_torch_engine.sampling import GOLDEN, draw, stream, uniforms
 

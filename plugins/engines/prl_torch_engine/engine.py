@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from prl.errors import InfrastructureError
-from prl.types import Manifest, Sampling
+from prl.serve.refusal import RefusedError
+from prl.serve.requests import Request, Result, Stream
+from prl.types import Manifest
 
-from prl_torch_engine.generation import Generation, Stream
-from prl_torch_engine.refusal import RefusedError
-from prl_torch_engine.requests import Request, Result, checked
+from prl_torch_engine.generation import Generation
 from prl_torch_engine.scheduler import Scheduler
 from prl_torch_engine.weights import Weights
 
@@ -30,38 +30,16 @@ class Engine:
         self.vocab_size = vocab_size
 
     @property
+    def version(self) -> int:
+        """Of the policy being served; -1 before the first."""
+        return self._scheduler.version
+
+    @property
     def length(self) -> int:
         """Most tokens of a sequence, prompt included."""
         return self._scheduler.rows.length
 
     # --- generation -----------------------------------------------------------------------------------------------
-    def request(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        *,
-        n: int,
-        stop: tuple[int, ...],
-        session: str = "",
-        request_id: str = "",
-        routes_from: int | None = None,
-        streaming: bool = False,
-    ) -> Request:
-        """A request that this engine can serve; RefusedError says why not."""
-        if self._scheduler.version < 0:
-            raise RefusedError(503, "no weights were committed yet; try again when the first version is published")
-        return checked(
-            prompt,
-            sampling,
-            length=self.length,
-            n=n,
-            stop=stop,
-            session=session,
-            request_id=request_id,
-            routes_from=routes_from,
-            streaming=streaming,
-        )
-
     async def generate(self, request: Request) -> Result:
         return await self._generation.generate(request)
 

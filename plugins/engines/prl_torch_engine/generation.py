@@ -17,39 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import attrs
 import torch
-from prl.types import Int32
+from prl.serve.refusal import RefusedError
+from prl.serve.requests import Progress, Request, Result, Stream
 
-from prl_torch_engine.refusal import RefusedError
-from prl_torch_engine.requests import Progress, Request, Result
 from prl_torch_engine.scheduler import Scheduler
 
 T = TypeVar("T")
 
 MAX_REQUESTS = 4096
 """Requests in the engine at one time; more are refused."""
-
-
-@attrs.define(eq=False)
-class Stream:
-    """What a streaming request has so far: the newest state only, so a slow reader holds nothing up."""
-
-    tokens: dict[int, Int32] = attrs.field(factory=dict)
-    result: Result | None = None
-    _changed: asyncio.Event = attrs.field(factory=asyncio.Event)
-
-    def update(self, news: Progress | Result) -> None:
-        if isinstance(news, Result):
-            self.result = news
-        else:
-            self.tokens[news.member] = news.tokens
-        self._changed.set()
-
-    async def change(self) -> None:
-        """Wait until there is something that the last call had not seen."""
-        await self._changed.wait()
-        self._changed.clear()
 
 
 class Generation:

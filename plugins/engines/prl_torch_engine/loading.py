@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, cast
 import attrs
 import torch
 from prl.blocks import kernels, precision
-from prl.providers import LanguageModel, Model, NumberFormat, Renderer, Tokenizer, WeightMap
-from prl.rollout.tokenizer import load as load_tokenizer
+from prl.providers import LanguageModel, Model, NumberFormat, WeightMap
+from prl.serve.speech import Speech
 from torch import nn
 
 if TYPE_CHECKING:
@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 class Loaded:
     """The model and how to talk to it."""
 
-    name: str
-    """Under which the OpenAI endpoint serves it: the model's `type`."""
+    speech: Speech
     module: nn.Module
     weight_map: WeightMap
-    tokenizer: Tokenizer
-    renderer: Renderer
     number_format: NumberFormat | None = None
     """What decodes received weights; None: they come as they are."""
 
@@ -37,20 +34,18 @@ def load(composition: Composition) -> Loaded:
     """Build the model in the serving dtype, on the device the trainer is told to use."""
     run = composition.run
     provider = cast(Model, composition.provider(run.model))
-    tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
+    speech = Speech.of(composition)
     number_format: NumberFormat = composition.build(run.quantization)
     device = torch.device(_device(run.trainer.device))
     kernels.install(composition, device)
     with device:
-        module: nn.Module = composition.build(run.model, tokenizer.vocab_size)
+        module: nn.Module = composition.build(run.model, speech.tokenizer.vocab_size)
     precision.cast(module, number_format.serve_dtype, float32=provider.float32)
     return Loaded(
-        name=provider.name,
+        speech=speech,
         module=module.eval().requires_grad_(False),
-        weight_map=composition.load(provider.weights)(run.model, tokenizer.vocab_size),
+        weight_map=composition.load(provider.weights)(run.model, speech.tokenizer.vocab_size),
         number_format=number_format,
-        tokenizer=tokenizer,
-        renderer=composition.load(provider.render)(run.model, tokenizer),
     )
 
 

@@ -21,12 +21,13 @@ from prl.blocks.context import Context
 from prl.blocks.linear import linear
 from prl.compose.routing import Routing
 from prl.providers import LanguageModel
+from prl.serve.requests import Progress, Request, Result
 from prl.types import Completion, StopReason, as_tokens
 from torch import Tensor
 
 from prl_torch_engine.batch import Batch
+from prl_torch_engine.jobs import Job, Pending
 from prl_torch_engine.prompts import PromptRows
-from prl_torch_engine.requests import Job, Pending, Progress, Request, Result
 from prl_torch_engine.routes import RouteTable
 from prl_torch_engine.rows import Rows
 
@@ -83,7 +84,7 @@ class Scheduler:
         return max(self._unfinished - len(self.batch), 0)
 
     def add(self, request: Request) -> None:
-        pending = Pending(request=request)
+        pending = Pending.of(request)
         self._pending[request.request_id] = pending
         self._waiting.append(pending)
         self._streaming += request.streaming
@@ -139,7 +140,7 @@ class Scheduler:
         while self._waiting and room:
             pending = self._waiting[0]
             request = pending.request
-            claimed = self._prompts.claim(request.prompt, request.session)
+            claimed = self._prompts.claim(pending.prompt, request.session)
             if claimed is None:
                 return
             row, reused = claimed
@@ -183,7 +184,7 @@ class Scheduler:
 
     def _compute(self, chunks: list[tuple[Job, int]]) -> Tensor:
         """[sum of counts, D] hidden states of the next `count` prompt tokens of each job."""
-        tokens = torch.cat([job.pending.request.prompt[job.done : job.done + count] for job, count in chunks])
+        tokens = torch.cat([job.pending.prompt[job.done : job.done + count] for job, count in chunks])
         context = Context.cached(
             self.rows.caches,
             lengths=[count for _, count in chunks],

@@ -27,7 +27,7 @@ def prl_engines() -> Iterable[Engine]:
         summary="vLLM's own server: paged attention, every model and device it knows, in-flight weight updates",
         requires=("vllm",),
         serve="prl_vllm.server:serve",
-        connect="prl_torch_engine.client:connect",
+        connect="prl.serve.client:connect",
         reports_routes=True,
     )
 

@@ -38,7 +38,9 @@ class Prefill:
     )
     connector: Literal["nixl", "mooncake"] = option("nixl", help="what moves keys and values between engines")
     patience: float = option(
-        60.0, help="seconds a prompt may take there; then the engine that decodes computes it itself", validator=positive
+        60.0,
+        help="seconds a prompt may take there; then the engine that decodes computes it itself",
+        validator=positive,
     )
 
 

@@ -23,10 +23,9 @@ from hashlib import blake2b
 import attrs
 import numpy as np
 from prl.errors import InfrastructureError
-from prl.types import Completion, Int32, Manifest, Sampling, StopReason
-from prl_torch_engine.generation import Stream
-from prl_torch_engine.refusal import RefusedError
-from prl_torch_engine.requests import Progress, Request, Result, checked
+from prl.serve.refusal import RefusedError
+from prl.serve.requests import Progress, Request, Result, Stream
+from prl.types import Completion, Int32, Manifest, StopReason
 
 from prl_vllm.api import Answer, Ask, RefusedByVllmError, VllmApi
 from prl_vllm.door import Door
@@ -79,33 +78,6 @@ class Engine:
         """Fails when the engine can serve no version any more."""
 
     # --- generation ---------------------------------------------------------------------------------------------------
-    def request(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        *,
-        n: int,
-        stop: tuple[int, ...],
-        session: str = "",
-        request_id: str = "",
-        routes_from: int | None = None,
-        streaming: bool = False,
-    ) -> Request:
-        """A request that can be sent; RefusedError says why not."""
-        if self.version < 0:
-            raise RefusedError(503, "no weights were committed yet; try again when the first version is published")
-        return checked(
-            prompt,
-            sampling,
-            length=self.length,
-            n=n,
-            stop=stop,
-            session=session,
-            request_id=request_id,
-            routes_from=routes_from,
-            streaming=streaming,
-        )
-
     async def generate(self, request: Request) -> Result:
         """The finished request; cancelling aborts it. Members beyond what vLLM decodes at once follow later."""
         answers = []

@@ -26,10 +26,11 @@ import attrs
 from aiohttp import web
 from prl.errors import InfrastructureError
 from prl.run_dir import RunDir, read_json
+from prl.serve import body
+from prl.serve.columns import MEDIA_TYPE, pack, unpack
+from prl.serve.refusal import sentence_in
+from prl.serve.requests import checked
 from prl.types import Routes, Sampling
-from prl_torch_engine import body
-from prl_torch_engine.columns import MEDIA_TYPE, pack, unpack
-from prl_torch_engine.refusal import sentence_in
 
 from prl_vllm.api import Answer, Ask
 
@@ -184,7 +185,8 @@ class PrefillEndpoint:
     async def prefill(self, http: web.Request) -> web.Response:
         engine = self._engine
         fields = await body.read(http)
-        request = engine.request(
+        request = checked(
+            engine,
             fields.integers("token_ids", below=engine.vocab_size, most=engine.length),
             ONE_TOKEN,
             n=1,

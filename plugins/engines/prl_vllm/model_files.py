@@ -13,8 +13,8 @@ import torch
 from prl.blocks import precision
 from prl.blocks.form import Form
 from prl.errors import InfrastructureError, UserError
-from prl.providers import Model, NumberFormat, Renderer, Tokenizer, WeightMap
-from prl.rollout.tokenizer import load as load_tokenizer
+from prl.providers import Model, NumberFormat, WeightMap
+from prl.serve.speech import Speech
 from prl.types import Manifest
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 class Described:
     """What the engine process knows of the model; vLLM has the model itself."""
 
-    name: str
-    tokenizer: Tokenizer
-    renderer: Renderer
+    speech: Speech
     hf_config: Mapping[str, Any]
     dtype: str
     """vLLM's name of the serving dtype."""
@@ -49,12 +47,13 @@ def describe(composition: Composition) -> Described:
     """From the config alone: the module is built without memory."""
     run = composition.run
     provider = cast(Model, composition.provider(run.model))
-    tokenizer = load_tokenizer(run.tokenizer, provider.special_tokens)
-    weight_map: WeightMap = composition.load(provider.weights)(run.model, tokenizer.vocab_size)
+    speech = Speech.of(composition)
+    vocab_size = speech.tokenizer.vocab_size
+    weight_map: WeightMap = composition.load(provider.weights)(run.model, vocab_size)
     number_format: NumberFormat = composition.build(run.quantization)
     form = Form.of_family(provider, number_format)
     with torch.device("meta"):
-        module = composition.build(run.model, tokenizer.vocab_size)
+        module = composition.build(run.model, vocab_size)
     precision.cast(module, number_format.serve_dtype, float32=provider.float32)
     sent = [
         tensor
@@ -63,9 +62,7 @@ def describe(composition: Composition) -> Described:
         for tensor in form.apply(hf_name, part)
     ]
     return Described(
-        name=provider.name,
-        tokenizer=tokenizer,
-        renderer=composition.load(provider.render)(run.model, tokenizer),
+        speech=speech,
         hf_config=form.declared(weight_map.hf_config(), sent),
         dtype=str(number_format.serve_dtype).removeprefix("torch."),
         shapes={name: tuple(tensor.shape) for name, tensor in sent},

@@ -23,7 +23,7 @@ from aiohttp.typedefs import Handler
 from prl import network
 from prl.compose.routing import replayed
 from prl.errors import InfrastructureError
-from prl_torch_engine.server import application, listening
+from prl.serve.application import application, listening
 
 from prl_vllm import arguments as vllm
 from prl_vllm import handover, model_files
@@ -54,13 +54,13 @@ async def serve(context: EngineContext) -> None:
             run_dir=str(context.run_dir.path),
             shapes=described.shapes,
             length=config.length or run.rollouts.sequence_length,
-            vocab_size=described.tokenizer.vocab_size,
+            vocab_size=described.speech.tokenizer.vocab_size,
             sequences=config.sequences,
             recompute=config.on_update == "recompute",
             tells_versions=description["tells_versions"],
             prefills=prefills,
         )
-        app = application(engine, described, context.token)
+        app = application(engine, described.speech, context.token)
         app.add_routes([web.get("/weights/checksums", _checksums(engine))])
         computes_prompts = config.kind_of(context.index) == "prefill"
         if computes_prompts:
@@ -109,9 +109,7 @@ async def _server(
     model_files.write(described, folder, length=length, cpu=cpu)
     routes = replayed(context.composition) is not None
     with _identity(context) as identity:
-        values = vllm.arguments(
-            run, config, described, model=folder, cpu=cpu, routes=routes, identity=identity
-        )
+        values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=routes, identity=identity)
         exchange = (network.address(run), _free_port()) if config.prefill.count else None
         environment = vllm.environment(config, cpu=cpu, routes=routes, exchange=exchange)
         async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:

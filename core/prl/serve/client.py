@@ -1,4 +1,4 @@
-"""The embedded engine's client: environment workers generate with it, the controller updates weights with it.
+"""An engine's client: environment workers generate with it, the controller updates weights with it.
 
 No torch here. `generate` has no deadline of its own: whoever waits cancels, and the engine then aborts the request.
 """
@@ -11,16 +11,16 @@ from typing import Any
 
 import aiohttp
 import attrs
-from prl.errors import InfrastructureError
-from prl.types import Completion, Manifest, Sampling
 
-from prl_torch_engine.columns import MEDIA_TYPE, Completions, unpack
-from prl_torch_engine.refusal import sentence_in
+from prl.errors import InfrastructureError
+from prl.serve.columns import MEDIA_TYPE, Completions, unpack
+from prl.serve.refusal import sentence_in
+from prl.types import Completion, Manifest, Sampling
 
 CONNECT_SECONDS = 10.0
 
 
-class TorchEngineClient:
+class HttpEngineClient:
     """One keep-alive HTTP session to one engine, opened with the first request."""
 
     def __init__(self, url: str, token: str) -> None:
@@ -89,6 +89,6 @@ class TorchEngineClient:
         return self._session
 
 
-def connect(url: str, token: str) -> TorchEngineClient:
+def connect(url: str, token: str) -> HttpEngineClient:
     """A client of the engine at `url`; nothing is sent yet."""
-    return TorchEngineClient(url, token)
+    return HttpEngineClient(url, token)

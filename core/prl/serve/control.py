@@ -7,13 +7,13 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 from aiohttp import web
-from prl import wire
-from prl.types import Manifest
 
-from prl_torch_engine import body
-from prl_torch_engine.engine import Engine
-from prl_torch_engine.metrics import exposition
-from prl_torch_engine.refusal import RefusedError
+from prl import wire
+from prl.serve import body
+from prl.serve.engine import Engine
+from prl.serve.metrics import exposition
+from prl.serve.refusal import RefusedError
+from prl.types import Manifest
 
 _MAX_VERSION = (1 << 31) - 1
 

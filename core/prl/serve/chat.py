@@ -12,17 +12,17 @@ from typing import Any
 
 import attrs
 from aiohttp import web
-from prl.errors import UserError
-from prl.providers import Renderer, Tokenizer
-from prl.types import Completion, Message
 
-from prl_torch_engine import body
-from prl_torch_engine.body import Body
-from prl_torch_engine.engine import Engine
-from prl_torch_engine.events import ChatEvents
-from prl_torch_engine.generate import sampling_of, usage
-from prl_torch_engine.refusal import RefusedError
-from prl_torch_engine.requests import MAX_SIBLINGS, Request
+from prl.errors import UserError
+from prl.serve import body
+from prl.serve.body import Body
+from prl.serve.engine import Engine
+from prl.serve.events import ChatEvents
+from prl.serve.generate import sampling_of, usage
+from prl.serve.refusal import RefusedError
+from prl.serve.requests import MAX_SIBLINGS, Request, checked
+from prl.serve.speech import Speech
+from prl.types import Completion, Message
 
 _NEUTRAL = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "top_logprobs": 0}
 _IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls")
@@ -40,13 +40,11 @@ class _Chat:
 
 
 class ChatEndpoint:
-    """`model` is the name under which the policy is served."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, renderer: Renderer, *, model: str) -> None:
+    def __init__(self, engine: Engine, speech: Speech) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._renderer = renderer
-        self._model = model
+        self._tokenizer = speech.tokenizer
+        self._renderer = speech.renderer
+        self._model = speech.model
         self._started = int(time.time())
 
     async def models(self, http: web.Request) -> web.Response:
@@ -90,7 +88,7 @@ class ChatEndpoint:
         limit = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
         sampling = sampling_of(fields, default_max=max(self._engine.length - len(prompt), 1), limit=limit)
         n = fields.integer("n", 1, low=1, high=MAX_SIBLINGS)
-        return self._engine.request(prompt, sampling, n=n, stop=self._renderer.stop_tokens, streaming=streaming)
+        return checked(self._engine, prompt, sampling, n=n, stop=self._renderer.stop_tokens, streaming=streaming)
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         try:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
-from prl.providers import Renderer
-from prl.types import Int32
 
-from prl_torch_engine.generate import usage
-from prl_torch_engine.requests import Result
+from prl.providers import Renderer
+from prl.serve.generate import usage
+from prl.serve.requests import Result
+from prl.types import Int32
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the first bytes of an unfinished character to."""

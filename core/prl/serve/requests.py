@@ -1,15 +1,19 @@
-"""What is asked of the engine and what it answers: plain data, shared by the server and the model's thread."""
+"""What is asked of an engine and what it answers: plain data, shared by the endpoints and the engines behind them."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import attrs
-import torch
-from prl.types import Completion, Int32, Sampling
-from torch import Tensor
 
-from prl_torch_engine.refusal import RefusedError
+from prl.serve.refusal import RefusedError
+from prl.types import Completion, Int32, Sampling, as_tokens
+
+if TYPE_CHECKING:
+    from prl.serve.engine import Engine
 
 MAX_SIBLINGS = 1024
 MAX_STOPS = 16
@@ -20,10 +24,10 @@ MIN_TEMPERATURE = 1e-3
 
 @attrs.frozen(kw_only=True, eq=False)
 class Request:
-    """A checked request: `n` continuations of one prompt, each of which fits into a row."""
+    """A checked request: `n` continuations of one prompt, each of which fits into a sequence of the engine."""
 
     request_id: str
-    prompt: Tensor  # [P] int64, host
+    prompt: Int32  # [P]
     sampling: Sampling
     n: int
     stop: tuple[int, ...]
@@ -36,10 +40,10 @@ class Request:
 
 
 def checked(
-    prompt: list[int],
+    engine: Engine,
+    prompt: Sequence[int],
     sampling: Sampling,
     *,
-    length: int,
     n: int,
     stop: tuple[int, ...],
     session: str = "",
@@ -47,7 +51,10 @@ def checked(
     routes_from: int | None = None,
     streaming: bool = False,
 ) -> Request:
-    """A request that an engine whose sequences have at most `length` tokens can serve; RefusedError says why not."""
+    """A request that the engine can serve; RefusedError says why not."""
+    length = engine.length
+    if engine.version < 0:
+        raise RefusedError(503, "no weights were committed yet; try again when the first version is published")
     if not 0 < len(prompt) < length:
         raise RefusedError(
             400, f"the prompt has {len(prompt)} tokens; a sequence has room for 1 to {length - 1} of them"
@@ -60,7 +67,7 @@ def checked(
         raise RefusedError(400, f"{len(stop)} stop tokens; at most {MAX_STOPS} are possible")
     return Request(
         request_id=request_id or f"gen-{secrets.token_hex(8)}",
-        prompt=torch.tensor(prompt),
+        prompt=as_tokens(prompt),
         sampling=sampling,
         n=n,
         stop=stop,
@@ -90,49 +97,22 @@ class Progress:
     tokens: Int32  # [n so far]
 
 
-@attrs.define(kw_only=True, eq=False)
-class Pending:
-    """A request on its way through the scheduler."""
+@attrs.define(eq=False)
+class Stream:
+    """What a streaming request has so far: the newest state only, so a slow reader holds nothing up."""
 
-    request: Request
-    started: int = 0
-    """Members that were given to a job; the others wait for rows."""
-    reused: int = 0
-    completions: dict[int, Completion] = attrs.field(factory=dict)
+    tokens: dict[int, Int32] = attrs.field(factory=dict)
+    result: Result | None = None
+    _changed: asyncio.Event = attrs.field(factory=asyncio.Event)
 
-    @property
-    def complete(self) -> bool:
-        return len(self.completions) == self.request.n
+    def update(self, news: Progress | Result) -> None:
+        if isinstance(news, Result):
+            self.result = news
+        else:
+            self.tokens[news.member] = news.tokens
+        self._changed.set()
 
-    def result(self) -> Result:
-        return Result(
-            request_id=self.request.request_id,
-            completions=tuple(self.completions[i] for i in range(self.request.n)),
-            prompt_tokens=len(self.request.prompt),
-            reused_tokens=self.reused,
-        )
-
-
-@attrs.define(kw_only=True, eq=False)
-class Sequence:
-    """One continuation while it decodes."""
-
-    pending: Pending
-    member: int
-    spans: list[tuple[int, int]]
-    """(first token, policy version): where the version that samples changed, ascending."""
-
-
-@attrs.define(kw_only=True, eq=False)
-class Job:
-    """A prompt being computed in a prompt row, for `members` continuations that start from it."""
-
-    pending: Pending
-    members: range
-    row: int
-    done: int
-    """Prompt tokens that already lie in the row."""
-
-    @property
-    def remaining(self) -> int:
-        return len(self.pending.request.prompt) - self.done
+    async def change(self) -> None:
+        """Wait until there is something that the last call had not seen."""
+        await self._changed.wait()
+        self._changed.clear()

@@ -18,9 +18,11 @@ _METRICS = {
 
 
 def exposition(statistics: Mapping[str, float]) -> str:
-    """Statistics as text; counters get the suffix `_total` that Prometheus expects."""
+    """Statistics as text, those that the engine has; counters get the suffix `_total` that Prometheus expects."""
     lines = []
     for key, (kind, meaning) in _METRICS.items():
+        if key not in statistics:
+            continue
         name = f"prl_engine_{key}" + ("_total" if kind == "counter" else "")
         lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", f"{name} {statistics[key]:.17g}"]
     return "\n".join(lines) + "\n"

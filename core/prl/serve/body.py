@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from prl_torch_engine.refusal import RefusedError
+from prl.serve.refusal import RefusedError
 
 
 class Body:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import attrs
+
 from prl import wire
 from prl.types import Completion
 

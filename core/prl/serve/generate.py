@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from aiohttp import web
-from prl.types import Completion, Sampling
 
-from prl_torch_engine import body
-from prl_torch_engine.body import Body
-from prl_torch_engine.columns import MEDIA_TYPE, Completions, pack
-from prl_torch_engine.engine import Engine
-from prl_torch_engine.requests import MAX_SIBLINGS, MAX_STOPS, Request, Result
+from prl.serve import body
+from prl.serve.body import Body
+from prl.serve.columns import MEDIA_TYPE, Completions, pack
+from prl.serve.engine import Engine
+from prl.serve.requests import MAX_SIBLINGS, MAX_STOPS, Request, Result, checked
+from prl.types import Completion, Sampling
 
 MAX_SEED = (1 << 63) - 1
 MAX_TOKENS = (1 << 31) - 1
@@ -51,7 +51,8 @@ class GenerateEndpoint:
         n = params.integer("n", 1, low=1, high=MAX_SIBLINGS)
         sampling = sampling_of(params, default_max=16)
         params.finish()
-        request = engine.request(
+        request = checked(
+            engine,
             fields.integers("token_ids", below=engine.vocab_size, most=engine.length),
             sampling,
             n=n,
