@@ -11,7 +11,7 @@ from prl.compose.config import Run
 
 from prl_vllm import release
 from prl_vllm.config import KvTiers, Parallel, Prefill, VllmConfig
-from prl_vllm.inside import ROUTES, SWITCH
+from prl_vllm.inside import ROUTE_BYTES, ROUTES, SWITCH, TIERS
 
 CPU_KV_CACHE_BYTES = 256 << 20
 EXTENSION = "prl_vllm.inside.worker.Extension"
@@ -37,12 +37,13 @@ def arguments(
     *,
     model: Path,
     cpu: bool,
-    routes: bool = False,
+    route_bytes: int = 0,
     identity: str = "",
 ) -> dict[str, Any]:
     """Python name -> value of every argument but the address; `engine.options` may override defaults, not decisions.
 
-    `routes`: expert choices are reported. `identity`: what vLLM calls this server where it shares keys and values.
+    `route_bytes`: of the expert choices of one token; 0 where they are not reported. `identity`: what vLLM calls this
+    server where it shares keys and values.
     """
     kv_cache = config.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else 0)
     return {
@@ -50,10 +51,10 @@ def arguments(
         # On processors with AMX vLLM prefers a kernel that computes in bfloat16 alone, whatever the dtype.
         **({"attention_backend": "CPU_MLA"} if cpu and served.latent and served.dtype == "float32" else {}),
         **_parallel(config.parallel),
-        **_kv_transfer(config, cpu=cpu, identity=identity),
+        **_kv_transfer(config, cpu=cpu, route_bytes=route_bytes, identity=identity),
         **({"quantization": "fp8"} if config.fp8.weights else {}),
         **({"kv_cache_dtype": "fp8"} if config.fp8.kv_cache else {}),
-        **({"enable_return_routed_experts": True} if routes and not cpu else {}),
+        **({"enable_return_routed_experts": True} if route_bytes and not cpu else {}),
         **config.options,
         "model": str(model),
         "load_format": "dummy",  # the first version is published before anything is generated
@@ -83,9 +84,9 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _kv_transfer(config: VllmConfig, *, cpu: bool, identity: str) -> dict[str, Any]:
+def _kv_transfer(config: VllmConfig, *, cpu: bool, route_bytes: int, identity: str) -> dict[str, Any]:
     """Where keys and values go, and come from. What cannot be had from there is computed."""
-    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, cpu=cpu)]
+    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, route_bytes if cpu else 0)]
     if not connectors:
         return {}
     several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
@@ -99,24 +100,18 @@ def _hand_over(prefill: Prefill, *, cpu: bool) -> Iterator[dict[str, Any]]:
         # What nobody fetched within the lease is forgotten; until then nothing else may be written there.
         lease = {"kv_lease_duration": round(2 * prefill.patience) + 1}
         device = {"kv_buffer_device": "cpu"} if cpu else {}
-        yield {
-            "kv_connector": "NixlConnector",
-            "kv_role": "kv_both",
-            **device,
-            "kv_connector_extra_config": lease,
-        }
+        nixl = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        yield {**nixl, **device, "kv_connector_extra_config": lease}
 
 
-def _kv_tiers(tiers: KvTiers, *, cpu: bool) -> Iterator[dict[str, Any]]:
+def _kv_tiers(tiers: KvTiers, route_bytes: int) -> Iterator[dict[str, Any]]:
     if not tiers.host_bytes:
         return
     extra: dict[str, Any] = {"cpu_bytes_to_use": tiers.host_bytes}
-    if cpu:
-        extra |= {"spec_name": "HostTiers", "spec_module_path": "prl_vllm.inside.tiers"}
-    elif tiers.disk:
-        extra |= {"spec_name": "TieringOffloadingSpec"}
     if tiers.disk:
-        extra |= {"secondary_tiers": [{"type": "fs", "root_dir": tiers.disk}]}
+        extra |= {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": tiers.disk}]}
+    if route_bytes:
+        extra |= {ROUTE_BYTES: route_bytes}
     yield {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
@@ -150,6 +145,7 @@ def environment(
         **({**threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpu else {}),
         **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
         **({ROUTES: "1"} if routes else {}),
+        **({TIERS: "1"} if config.kv_tiers.host_bytes else {}),
         **(
             {"VLLM_NIXL_SIDE_CHANNEL_HOST": exchange[0], "VLLM_NIXL_SIDE_CHANNEL_PORT": str(exchange[1])}
             if exchange

@@ -31,12 +31,11 @@ class Parallel:
 
 @attrs.frozen(kw_only=True)
 class Prefill:
-    """`[engine.prefill]`: engines that compute prompts for the others, which then only decode."""
+    """`[engine.prefill]`: engines that compute prompts for the others, which then only decode. NIXL joins them."""
 
     count: int = option(
         0, help="how many of engine.count; 0: every engine computes its own prompts", validator=not_negative
     )
-    connector: Literal["nixl", "mooncake"] = option("nixl", help="what moves keys and values between engines")
     patience: float = option(
         60.0,
         help="seconds a prompt may take there; then the engine that decodes computes it itself",

@@ -32,6 +32,7 @@ from prl_vllm.door import Door
 from prl_vllm.handover import ONE_TOKEN, TO_BE_FETCHED, Handed, Prefills
 from prl_vllm.model_files import check
 from prl_vllm.segments import in_segments, joined
+from prl_vllm.statistics import named
 
 HANDED = "-handed"
 POLL_SECONDS = 0.02
@@ -295,17 +296,13 @@ class Engine:
     # --- what a person or the controller asks -------------------------------------------------------------------------
     async def statistics(self) -> Mapping[str, float]:
         """Totals since the start; `running` and `waiting` count sequences."""
-        metrics = await self._api.metrics()
+        statistics = named(await self._api.metrics())
         return {
+            **statistics,
+            "waiting": statistics["waiting"] + self._door.waiting,
+            "handed_tokens": self._prefills.tokens if self._prefills is not None else 0,
             "version": self.version,
-            "running": metrics.get("num_requests_running", 0.0),
-            "waiting": metrics.get("num_requests_waiting", 0.0) + self._door.waiting,
             "paused": int(self._paused),
-            "generated_tokens": metrics.get("generation_tokens_total", 0.0),
-            "prompt_tokens": metrics.get("prompt_tokens_total", 0.0),
-            "prefix_hit_tokens": metrics.get("prefix_cache_hits_total", 0.0),
-            "preemptions": metrics.get("num_preemptions_total", 0.0),
-            "kv_usage": metrics.get("kv_cache_usage_perc", 0.0),
             "busy_seconds": self._door.busy_seconds,
             "updates": self._updates,
         }
@@ -321,7 +318,7 @@ def _mark(manifest: Manifest) -> str:
 def _salt(mark: str, *, handed: bool = False) -> str:
     """Prompts share what was computed for them under the same weights.
 
-    And what was computed here is kept apart from what came from elsewhere: only of the former does vLLM know the routes.
+    What was computed here is kept apart from what came from elsewhere: only of the former does vLLM know the routes.
     """
     return mark + HANDED if handed else mark
 

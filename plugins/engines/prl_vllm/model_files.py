@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
+import numpy as np
 import torch
 from prl.blocks import precision
 from prl.blocks.form import Form
@@ -19,6 +20,7 @@ from prl.types import Manifest
 
 if TYPE_CHECKING:
     from prl.compose.compose import Composition
+    from prl.compose.routing import Routing
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +43,11 @@ class Described:
     def recurrent(self) -> bool:
         """Some layers keep a state in the place of keys and values (Mamba-2)."""
         return "ssm_state_size" in self.hf_config
+
+    def route_bytes(self, routing: Routing) -> int:
+        """Of one token, in vLLM's table, which has a place for every decoder layer."""
+        layers: int = self.hf_config["num_hidden_layers"]
+        return layers * routing.experts_per_token * np.dtype(routing.dtype).itemsize
 
 
 def describe(composition: Composition) -> Described:

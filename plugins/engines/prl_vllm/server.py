@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prl import network
 from prl.compose.routing import replayed
-from prl.errors import InfrastructureError
+from prl.errors import InfrastructureError, UserError
 from prl.serve.application import application, listening
 
 from prl_vllm import arguments as vllm
@@ -107,11 +107,19 @@ async def _server(
     # One for all engines: servers that hand keys and values to each other compare its name.
     folder = context.run_dir.path / "engines" / "model"
     model_files.write(described, folder, length=length, cpu=cpu)
-    routes = replayed(context.composition) is not None
+    routing = replayed(context.composition)
+    route_bytes = described.route_bytes(routing) if routing is not None else 0
+    if route_bytes and config.kv_tiers.host_bytes and not cpu:
+        raise UserError(
+            "engine.kv_tiers: on GPUs vLLM forgets the routes of what its tiers keep, and ends when it finds it again; "
+            'leave engine.kv_tiers out, or set trainer.router_replay = "off"'
+        )
     with _identity(context) as identity:
-        values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=routes, identity=identity)
+        values = vllm.arguments(
+            run, config, described, model=folder, cpu=cpu, route_bytes=route_bytes, identity=identity
+        )
         exchange = (network.address(run), _free_port()) if config.prefill.count else None
-        environment = vllm.environment(config, cpu=cpu, routes=routes, exchange=exchange)
+        environment = vllm.environment(config, cpu=cpu, routes=routing is not None, exchange=exchange)
         async with started([*vllm.command_line(values)], environment, startup=config.startup) as server:
             yield server.api, server.ended()
 

@@ -178,6 +178,16 @@ def _experts_without_gate() -> None:
     wrap(unquantized, "backend_to_kernel_cls", extend)
 
 
+# --- tiers of the KV cache --------------------------------------------------------------------------------------------
+def _tiers() -> None:
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+    from prl_vllm.inside import tiers
+
+    wrap(CPUOffloadingSpec, "__init__", tiers.with_room_for_routes)
+    wrap(CPUOffloadingSpec, "get_worker", tiers.copying)
+
+
 # --- processors -------------------------------------------------------------------------------------------------------
 def _processors() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -232,6 +242,13 @@ MENDS = (
         symptom="experts without a gate (relu squared: the Nemotron 3 family) are refused",
         until="a CPU experts class supports activations without multiplication",
         apply=_experts_without_gate,
+    ),
+    Mend(
+        name="tiers",
+        where="vllm/v1/kv_offload/cpu/spec.py: CPUOffloadingSpec.get_worker",
+        symptom="host memory and disk behind the KV cache are refused: blocks are copied by CUDA streams alone",
+        until="get_worker has a worker for caches in host memory, and it carries routes where routes.py keeps them",
+        apply=_tiers,
     ),
     Mend(
         name="processors",
