@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import attrs
 import numpy as np
@@ -176,12 +175,11 @@ def test_after_an_update_running_sequences_add_nothing_to_the_tiers(job: Job, ve
     job.decode.trainer.change(seed=8)
     manifest = job.decode.trainer.send(version + 1)
     completion = job.decode.run(test())
-    greedy(job.decode, prompt, length=2)  # what is to be written is written with the next request
     old = int((completion.versions == version).sum())
     assert set(completion.versions.tolist()) == {version, version + 1}
     written = job.decode.statistics()["host_written_bytes"] - before["host_written_bytes"]
     routes = BLOCK * 2 * 2
-    assert written == (len(prompt) + old) // BLOCK * (BLOCK_BYTES + routes) + (BLOCK_BYTES + routes)
+    assert written == (len(prompt) + old) // BLOCK * (BLOCK_BYTES + routes)
 
 
 # --- weights change and engines are lost ------------------------------------------------------------------------------
