@@ -104,10 +104,16 @@ class Engine:
         """The prompt as another engine computed it, now in vLLM's prefix cache; None where that came to nothing."""
         mark, ask = self._mark, self._ask(attrs.evolve(request, sampling=ONE_TOKEN), first, 1)
         handed = await prefills.compute(ask, mark, session=request.session)
-        if handed is not None and mark == self._mark:
-            salt, transfer = _salt(mark, handed=True), json.loads(handed.transfer)
+        if handed is not None:
+            # An outdated prompt is fetched too, under a name that nobody asks for: the other engine keeps it until then,
+            # and while it keeps any prompt it cannot pause for an update.
+            salt = _salt(mark, handed=True) if mark == self._mark else ask.request_id
             fetching = attrs.evolve(
-                ask, request_id=f"{ask.request_id}-fetch", salt=salt, routes_from=None, kv_transfer=transfer
+                ask,
+                request_id=f"{ask.request_id}-fetch",
+                salt=salt,
+                routes_from=None,
+                kv_transfer=json.loads(handed.transfer),
             )
             handed = handed if await prefills.within_patience(self._api.generate(fetching)) else None
         await self._door.opened()

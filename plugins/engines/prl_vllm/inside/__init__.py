@@ -15,7 +15,7 @@ ROUTES = "PRL_VLLM_ROUTES"
 TIERS = "PRL_VLLM_TIERS"
 """Environment variable: `1` where there are tiers behind the KV cache."""
 ROUTE_BYTES = "prl_route_bytes"
-"""Entry in the configuration of KV tiers: bytes of one token's routes, which they keep with keys and values on a CPU."""
+"""Entry in the configuration of KV tiers: bytes of one token's routes, which a CPU keeps with its keys and values."""
 KEY_VARIABLE = "PRL_VLLM_API_KEY"
 """Environment variable: the key of servers that are joined."""
 PROTOCOL = 1
