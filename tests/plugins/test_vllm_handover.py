@@ -160,14 +160,16 @@ def test_after_an_update_running_sequences_add_nothing_to_the_tiers(job: Job, ve
     before = job.decode.statistics()
 
     async def test() -> Completion:
+        for engine in (job.prefill, job.decode):
+            await engine.client.prepare(manifest)
         asked = asyncio.create_task(
             job.decode.client.generate(prompt, Sampling(temperature=0.0, max_tokens=800), stop=[])
         )
         async with asyncio.timeout(60):
             while (await job.decode.client.statistics())["generated_tokens"] - before["generated_tokens"] < 200:
                 pass
-        for engine in (job.prefill, job.decode):
-            await engine.serve(manifest)
+        for engine in (job.decode, job.prefill):
+            await engine.client.commit(manifest.version)
         (completion,) = await asked
         return completion
 

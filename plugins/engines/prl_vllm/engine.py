@@ -105,7 +105,7 @@ class Engine:
         mark, ask = self._mark, self._ask(attrs.evolve(request, sampling=ONE_TOKEN), first, 1)
         handed = await prefills.compute(ask, mark, session=request.session)
         if handed is not None:
-            # An outdated prompt is fetched too, under a name that nobody asks for: the other engine keeps it until then,
+            # An outdated prompt is fetched too, under a name nobody asks for: the other engine keeps it until then,
             # and while it keeps any prompt it cannot pause for an update.
             salt = _salt(mark, handed=True) if mark == self._mark else ask.request_id
             fetching = attrs.evolve(
