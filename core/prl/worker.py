@@ -8,6 +8,7 @@ role.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 from prl.compose.compose import open_run
 from prl.errors import PrlError
 from prl.run_dir import RunDir
+from prl.supervise.attach import STACKS, stacks_file
 from prl.supervise.beats import Beat
 from prl.supervise.policy import UNFORESEEN
 
@@ -43,8 +45,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(run_dir: RunDir, role: str, index: int) -> int:
     """Run a role to its end; the exit code of the process."""
     rank = os.environ.get("RANK", "0")
-    _live_with_parent(os.getppid(), Beat(run_dir, f"{role}-{rank if role == 'trainer-rank' else index}"))
+    name = f"{role}-{rank if role == 'trainer-rank' else index}"
+    _live_with_parent(os.getppid(), Beat(run_dir, name))
     _end_gracefully_on_sigterm()
+    tell_stacks_on_request(run_dir, name)
     try:
         composition = open_run(run_dir)
         run_role: Callable[..., int | None] = importlib.import_module(ROLES[role]).main
@@ -81,3 +85,8 @@ def _end_gracefully_on_sigterm() -> None:
     """SIGTERM means what Ctrl-C means: asyncio cancels its main task, anything else sees KeyboardInterrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def tell_stacks_on_request(run_dir: RunDir, name: str) -> None:
+    """From the handler of the signal itself: a process that is stuck in a library or a lock answers too."""
+    faulthandler.register(STACKS, file=stacks_file(run_dir, name).open("w"))

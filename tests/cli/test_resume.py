@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from prl.checkpoint_dir import CheckpointManifest
 from prl.cli import main, resume
 from prl.compose.compose import compose, open_run
 from prl.compose.origin import identity
+from prl.compose.resume import resume as prepare
 from prl.errors import UserError
 from prl.run_dir import RunDir, read_json
 
@@ -125,6 +128,29 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint_as_its_next_attempt(run
     assert [path.name for path in run_dir.checkpoints.iterdir() if "partial" in path.name] == []
     state = read_json(run_dir.state)
     assert (state["status"], state["step"], state["metrics"]) == ("starting", 4, {"loss/rl": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("left", "trainer", "start"),
+    [
+        (2, {"nodes": 2, "ranks": 4, "replicate": 1, "shard": 0}, "step 4 on 2 of 3 trainer nodes"),
+        (1, {}, "step 4"),  # fewer than half
+        (3, {}, "step 4"),
+    ],
+)
+def test_an_attempt_on_fewer_trainer_nodes_leaves_the_config_alone(config, left, trainer, start):
+    edits = ("trainer.ranks=6", "trainer.nodes=3", "run.dir=runs/wide")
+    assert main(["launch", str(config), *(word for edit in edits for word in ("--set", edit))]) == 0
+    run_dir = RunDir.existing("runs/wide")
+    write_checkpoint(run_dir, 4)
+    before = run_dir.config.read_text()
+    attempt = prepare(run_dir, trainer_nodes=left)
+    whole = {"nodes": 3, "ranks": 6}
+    seen = open_run(run_dir).run.trainer
+    assert (attempt.composition.run.trainer, attempt.start) == (seen, start)
+    assert {"nodes": seen.nodes, "ranks": seen.ranks} == {key: (trainer or whole)[key] for key in whole}
+    assert (read_json(run_dir.resume).get("trainer", {}), run_dir.config.read_text()) == (trainer, before)
+    assert prepare(run_dir).composition.run.trainer.ranks == open_run(run_dir).run.trainer.ranks == 6
 
 
 def test_every_step_appears_once_in_the_record(run_dir):
@@ -237,7 +263,7 @@ def test_what_a_fork_cannot_start_from(run_dir, config, capsys):
     def sentence(*arguments: str, code: int) -> str:
         return refused(capsys, Path("."), "launch", str(config), *arguments, code=code)
 
-    assert "has checkpoints of steps 2, 4" in sentence("--from", "first@3", code=2)
+    assert "has no checkpoint of step 3; it has those of 2, 4" in sentence("--from", "first@3", code=2)
     assert "model.width: 8 there, 9 here" in sentence("--from", "first", "--set", "model.width=9", code=1)
     done = sentence("--from", "first", "--set", "run.steps=4", code=2)
     assert "step-4 is at step 4, and this run ends after step 4 (warmup.steps + run.steps)" in done
@@ -245,3 +271,68 @@ def test_what_a_fork_cannot_start_from(run_dir, config, capsys):
     assert "step-2/pending.groups is missing" in sentence("--from", "first@2", code=1)
     assert main(["launch", str(config), "--set", "run.dir=runs/new"]) == 0
     assert "new has no complete checkpoint" in sentence("--from", "new", code=2)
+
+
+# --- launch --after ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("origin", "step"), [("first", 4), ("first@2", 2)])
+def test_a_run_after_a_finished_one_starts_from_its_checkpoint(run_dir, config, origin, step):
+    run_dir.write_json(run_dir.state, {"status": "finished"})
+    assert main(["launch", str(config), "--after", "first", "--from", origin, "--set", "run.dir=runs/next"]) == 0
+    following = RunDir.existing("runs/next")
+    assert Path(open_run(following).run.checkpoints.resume) == run_dir.checkpoints / f"step-{step}"
+    assert (following.path / "launched").is_file()
+    write_checkpoint(run_dir, 9)  # what has begun keeps its start
+    assert main(["resume", "next"]) == 0
+    assert Path(open_run(following).run.checkpoints.resume) == run_dir.checkpoints / f"step-{step}"
+
+
+def test_a_run_after_one_that_failed_begins_when_that_has_finished(run_dir, config, capsys):
+    run_dir.write_json(run_dir.state, {"status": "failed"})
+    run_dir.write_json(run_dir.processes, [])
+    started(run_dir, 2**22, socket.gethostname())
+    assert main(["launch", str(config), "--after", "first", "--from", "first", "--set", "run.dir=runs/next"]) == 1
+    following = RunDir.existing("runs/next")
+    assert "which this run follows, has not finished (status failed)" in capsys.readouterr().err
+    assert read_json(following.state)["status"] == "failed"
+    assert not (following.path / "launched").exists()
+    run_dir.write_json(run_dir.state, {"status": "finished"})
+    assert main(["resume", "next"]) == 0
+    assert Path(open_run(following).run.checkpoints.resume) == run_dir.checkpoints / "step-4"
+
+
+def test_a_run_that_waits_can_be_stopped_and_another_needs_no_checkpoint(run_dir, config, living, capsys):
+    run_dir.write_json(run_dir.state, {"status": "running"})
+    started(run_dir, living, socket.gethostname())
+    words = ["launch", str(config), "--after", "first", "--set", "run.dir=runs/next"]
+    following = RunDir("runs/next")
+    stopper = threading.Thread(target=stop_when_it_waits, args=(following,))
+    stopper.start()
+    assert main(words) == 130
+    stopper.join()
+    assert read_json(following.state)["status"] == "stopped"
+    assert not (following.path / "launched").exists()
+    run_dir.write_json(run_dir.state, {"status": "finished"})
+    assert main(["resume", "next"]) == 0
+    assert (open_run(following).run.checkpoints.resume, following.stop.exists()) == ("", False)
+
+
+def stop_when_it_waits(run_dir: RunDir) -> None:
+    while (read_json(run_dir.state) or {}).get("status") != "waiting":
+        time.sleep(0.01)
+    run_dir.stop.touch()
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+def test_the_runs_of_a_sweep_that_have_not_finished_go_on(config, capsys):
+    assert main(["launch", str(config), "--sweep", "run.seed=1,2,3", "--set", "run.dir=runs/swept"]) == 0
+    runs = [RunDir(f"runs/swept/{index}-seed={index + 1}") for index in range(3)]
+    runs[0].write_json(runs[0].state, {"status": "finished"})
+    lock = read_json(runs[1].lock)
+    lock["plugins"][0]["version"] = "9"
+    runs[1].write_json(runs[1].lock, lock)
+    for each in runs:
+        (each.path / "launched").unlink()
+    assert main(["resume", "swept"]) == 3
+    assert "To go on with what is here" in capsys.readouterr().err
+    assert [(each.path / "launched").exists() for each in runs] == [False, False, True]
+    assert [each.attempts() for each in runs] == [[1], [1], [1, 2]]

@@ -80,6 +80,17 @@ def test_the_degrees_of_the_trainer_are_checked() -> None:
     ]
 
 
+def test_heads_are_asked_for_by_ulysses_alone() -> None:
+    composition = compose(CONFIG)
+
+    def found(choice: str) -> list[Problem]:
+        trainer = attrs.evolve(composition.run.trainer, ranks=3, context=3, context_attention=choice)
+        return limits.of_model(attrs.evolve(composition.run, trainer=trainer), composition.registry)
+
+    assert found("auto") == found("gather") == []
+    assert found("ulysses") == [Problem("trainer.context", "3 does not divide 4 attention heads; possible: 1, 2, 4")]
+
+
 def test_an_impossible_model_is_told_beside_other_problems() -> None:
     edits = ["model.type=kimi-k2.7", "model.experts_per_token=9", "rollouts.min_tokens=99999"]
     with pytest.raises(ConfigError) as caught:

@@ -56,6 +56,13 @@ def test_checkpoints_are_pruned(tmp_path):
     assert (run.run_dir.checkpoints / "step-7" / "trainer" / "rank-0").read_text() == "7"
 
 
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, [1, 2, 3, 4]), (30.0, [3, 4]), (0.0, [3, 4])])
+def test_a_checkpoint_is_due_by_steps_and_by_the_clock(tmp_path, minutes, saved):
+    run = FakeRun(tmp_path, toy_run(steps=4, checkpoints={"every": 3, "minutes": minutes}))
+    run.go()
+    assert [call["step"] for call in run.hooks.named("prl_checkpoint_saved")] == saved
+
+
 def test_checkpoints_of_every_so_many_steps_are_kept(tmp_path):
     run = FakeRun(tmp_path, toy_run(steps=7, checkpoints={"every": 1, "keep_last": 2, "keep_every": 3}))
     run.go()

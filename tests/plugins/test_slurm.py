@@ -13,10 +13,12 @@ from prl.compose.compose import compose
 from prl.compose.plan import LaunchPlan, NodeGroup, Process, plan
 from prl.errors import ConfigError, InfrastructureError, UserError
 from prl.run_dir import RunDir
-from prl_slurm import ContainerSection, NodesSection, SlurmConfig, commands, script
+from prl_slurm import ContainerSection, NodesSection, SlurmConfig, commands, disk, script
 from prl_slurm.allocation import Nodes, Place, requests
-from prl_slurm.preflight import Probe, unreachable
-from prl_slurm.steps import Job, Step, command
+from prl_slurm.launcher import SlurmLauncher
+from prl_slurm.preflight import Probe, blame, pairs_of, unreachable
+from prl_slurm.probe import devices
+from prl_slurm.steps import Job, Step, command, interactive
 from prl_slurm.task import choose
 
 GROUPS = (NodeGroup(name="inference", nodes=2, cpus=5, gpus=2), NodeGroup(name="trainer", nodes=1, cpus=8, gpus=4))
@@ -75,7 +77,6 @@ def test_the_script_of_one_allocation() -> None:
         "#SBATCH --qos=high",
         "#SBATCH --exclude=bad[1-2]",
         "#SBATCH --time=1-00:00:00",
-        "#SBATCH --dependency=afterok:7",
         "#SBATCH --output=/shared/runs/tale/slurm/job.log",
         f"#SBATCH --chdir={Path.cwd()}",
         "#SBATCH --no-kill",
@@ -83,12 +84,25 @@ def test_the_script_of_one_allocation() -> None:
         "#SBATCH --open-mode=append",
         "#SBATCH --signal=B:USR1@90",
         "#SBATCH --comment=tale",
+        "#SBATCH --dependency=afterok:7",
         "",
         "module load cuda/12.9 nccl",
         ". /shared/venv/bin/activate",
         "export X=1",
         "exec /shared/venv/bin/python -m prl_slurm /shared/runs/tale",
     ]
+
+
+def test_a_job_that_follows_another_waits_for_it_and_for_what_the_config_says(tmp_path: Path) -> None:
+    before = RunDir(tmp_path)
+    before.write_json(before.launch, {"launcher": "slurm", "job": "12_3"})
+    following = attrs.evolve(PLAN, after=before)
+    assert {"--dependency=afterok:12_3", "--kill-on-invalid-dep=yes"} <= set(
+        options(script.job(following, SlurmConfig()))
+    )
+    assert "--dependency=singleton,afterok:12_3" in options(script.job(following, SlurmConfig(dependency="singleton")))
+    assert SlurmLauncher(SlurmConfig()).follows(before)
+    assert not SlurmLauncher(SlurmConfig()).follows(RunDir(tmp_path / "of this machine"))
 
 
 def test_components_of_a_heterogeneous_job_have_options_of_their_own() -> None:
@@ -201,6 +215,17 @@ def test_a_spare_takes_all_of_a_lost_node_and_then_none_is_left() -> None:
     assert nodes.place(TRAINER).host == "c"
 
 
+def test_a_group_closes_up_over_its_lost_nodes() -> None:
+    trainers = attrs.evolve(PLAN, groups=(GROUPS[0], attrs.evolve(GROUPS[1], nodes=3)))
+    nodes = Nodes.given(trainers, SlurmConfig(), [["a", "b", "c", "d", "e"]])
+    nodes.lose("c", "is down")
+    assert nodes.close_up("trainer") == 2
+    assert [nodes.place(process("trainer", node, "trainer", node)).host for node in (0, 1)] == ["d", "e"]
+    nodes.lose("d", "is down")
+    assert (nodes.close_up("trainer"), nodes.place(TRAINER).host) == (1, "e")
+    assert nodes.close_up("inference") == 2
+
+
 def test_a_step_shares_its_node_and_belongs_to_its_component() -> None:
     job = Job(id="7", components=(("a", "b"), ("x",)), restarts=0)
     place = Place(host="x", component=1, first_gpu=2)
@@ -213,6 +238,14 @@ def test_a_step_shares_its_node_and_belongs_to_its_component() -> None:
         *("/v/bin/python", "-m", "prl", "worker", "--role", "trainer"),
     ]
     assert (job.ids, job.where("x")) == ("7,8", 1)
+
+
+def test_a_terminal_is_a_step_of_the_job_in_the_environment_of_its_processes() -> None:
+    pyxis = ContainerSection(backend="pyxis", image="nvcr.io#prl")
+    words = interactive(["--jobid=8"], SlurmConfig(venv="/v", container=pyxis), RUN, "x", ["-m", "prl"], pty=True)
+    assert {"--jobid=8", "--nodelist=x", "--overlap", "--pty", "--container-image=nvcr.io#prl"} <= set(words)
+    assert words[words.index("bash") :] == ["bash", f"{RUN}/slurm/node.sh", "/v/bin/python", "-m", "prl"]
+    assert "--pty" not in interactive([], SlurmConfig(), RUN, "x", [], pty=False)
 
 
 @pytest.mark.parametrize(
@@ -278,10 +311,15 @@ REACHES_ALL: dict[str, Any] = {"unreachable": {}}
             probe("a", {}, REACHES_ALL, clock=-31.7),
             ["its clock is at least 32 s behind this node's (launcher.clock_skew = 5)"],
         ),
+        (probe("a", {"write": 80.0}, REACHES_ALL | {"read": 20.0, "problems": ["cannot read"]}), ["cannot read"]),
+        (
+            probe("a", {"write": 9.5}, REACHES_ALL | {"read": 11.0}),
+            ["writes the run's folder at 9.5 MB/s (launcher.slowest_files = 10)"],
+        ),
     ],
 )
 def test_a_node_is_judged_by_what_it_says(examined: Probe, problems: list[str]) -> None:
-    assert examined.problems(5.0, 2) == problems
+    assert examined.problems(5.0, 10.0) == problems
 
 
 def test_the_node_that_most_others_cannot_reach_is_to_blame() -> None:
@@ -291,8 +329,55 @@ def test_the_node_that_most_others_cannot_reach_is_to_blame() -> None:
         "c": probe("c", {}, REACHES_ALL),
         "d": probe("d", {"problems": ["no plugin"]}),
     }
-    problems = {host: examined.problems(5.0, 2) for host, examined in probes.items()}
-    assert unreachable(probes, problems) == {"c": ["a cannot reach c (timed out); see run.network"]}
+    good = [host for host, examined in probes.items() if not examined.problems(5.0)]
+    assert unreachable(probes, good) == {"c": ["a cannot reach c (timed out); see run.network"]}
+
+
+@pytest.mark.parametrize("bad", ["a", "c", "e"])
+def test_neighbours_in_pairs_tell_which_node_it_is(bad: str) -> None:
+    pairs = pairs_of(["a", "b", "c", "d", "e"])
+    failed = {(host, other): "timed out" for host, other in pairs.values() if bad in (host, other)}
+    assert len(failed) == 2
+    assert set(blame(failed, ["a", "b", "c", "d", "e"])) == {bad}
+    assert pairs_of(["a", "b"]) == {"pair-0": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "problems"),
+    [
+        ("echo '3, 0'; echo '5, 0'", []),
+        ("echo '3, 0'; echo '5, 12'", ["device 5 has 12 uncorrected memory errors (ECC)"]),
+        ("echo '3, [N/A]'", []),
+        ("echo $1 >&2; exit 9", ["nvidia-smi: --id=3,5"]),
+    ],
+)
+def test_a_driver_is_asked_for_the_errors_of_the_jobs_devices(
+    lines: str, problems: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\n{lines}\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert devices(2) == problems
+    assert devices(3) == ["has 2 devices for this job, and the plan needs 3"]
+
+
+def test_room_is_asked_of_the_nearest_folder_there_is(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tale"
+    assert disk.no_room(run, 0.001) == ""
+    assert list(tmp_path.iterdir()) == []
+    assert f"{tmp_path} has " in disk.no_room(run, 1e9)
+    assert f"cannot write into {Path('/proc')}: " in disk.no_room(Path("/proc/runs/tale"), 0.0)
+
+
+def test_what_a_neighbour_wrote_is_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "node.data"
+    assert disk.write(file) > 0
+    assert disk.read(file) > 0
+    file.write_bytes(b"cut short")
+    with pytest.raises(OSError, match="has 9 of 16777216 bytes here"):
+        disk.read(file)
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------

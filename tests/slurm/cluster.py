@@ -134,7 +134,7 @@ def until(condition: Callable[[], object], sentence: str, patience: float = PATI
 
 
 @contextmanager
-def cluster(folder: Path, nodes: int = 4) -> Iterator[Cluster]:
+def cluster(folder: Path, nodes: int = 5) -> Iterator[Cluster]:
     """Bring a cluster up in `folder`, with every node idle; nothing of it is left afterwards."""
     for name in ("state", "log", "spool", "munge", "dev"):
         (folder / name).mkdir(parents=True)

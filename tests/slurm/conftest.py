@@ -13,7 +13,7 @@ from tests.slurm.cluster import Cluster, cluster, unavailable
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """Four idle nodes of eight GPUs; skips where there can be none."""
+    """Five idle nodes of eight GPUs; skips where there can be none."""
     if reason := unavailable():
         pytest.skip(reason)
     # Sockets have short names: pytest's own folders are too deep.

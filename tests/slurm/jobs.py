@@ -137,6 +137,17 @@ class Job(Run):
         failed = [check for check in audit(self.dir).checks if check.problems]
         assert not failed, failed
 
+    def told(self) -> list[tuple[str, str]]:
+        """(where, what was done) of every failure that the ledger has."""
+        with closing(sqlite3.connect(self.dir.ledger)) as ledger:
+            return ledger.execute("SELECT place, done FROM failures").fetchall()
+
+    def begun_from(self) -> str:
+        """The hash of the version that its last launch started from."""
+        with closing(sqlite3.connect(self.dir.ledger)) as ledger:
+            (chain,) = ledger.execute("SELECT chain FROM launches ORDER BY launch DESC").fetchone()
+            return str(chain)
+
     def chain(self) -> dict[int, str]:
         """Version -> the hash of its weights, its batch and all that came before, of those that count."""
         with closing(sqlite3.connect(self.dir.ledger)) as ledger:

@@ -7,7 +7,8 @@ from tests.slurm.cluster import GPUS, Cluster
 
 def test_tasks_run_on_nodes_with_names_and_devices_of_their_own(slurm: Cluster) -> None:
     script = "echo $(hostname) $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $$"
-    lines = slurm.command("srun", "-N4", "--ntasks-per-node=1", "--gres=gpu:8", "bash", "-c", script).splitlines()
+    everywhere = ("srun", f"-N{len(slurm.nodes)}", "--ntasks-per-node=1", "--gres=gpu:8")
+    lines = slurm.command(*everywhere, "bash", "-c", script).splitlines()
     devices = ",".join(map(str, range(GPUS)))
     assert sorted(line.split()[:3] for line in lines) == [[node, node, devices] for node in slurm.nodes]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prl.run_dir import RunDir
 
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.jobs import PATIENCE, TWO_TRAINER_NODES, Job, command, launch
+from tests.terminal import on_terminal
 
 THRESHOLD = 0.6
 """Share of vowels in what the policy says; it begins below a third of that, and passes it after some 20 steps."""
@@ -78,6 +80,7 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     components = slurm.command("squeue", "-h", "-o", "%i %N", "--jobs", apart.id).splitlines()
     assert [line.split()[0] for line in components] == [f"{apart.id}+0", f"{apart.id}+1"]
     assert {apart.host("trainer-0"), apart.host("trainer-1")}.isdisjoint({apart.host("engine-0")})
+    attached_to(apart)
     assert shared.ended() == "finished"
     assert {entry["host"] for entry in shared.entries} == {"node1"}
     assert len(shared.rl_steps) == 8
@@ -87,6 +90,21 @@ def test_a_heterogeneous_job_is_stopped_beside_another_run_on_its_nodes(slurm: C
     assert (apart.checkpoint / "manifest.json").is_file()
     assert apart.dir.attempts() == [1]
     apart.audited()
+
+
+def attached_to(run: Job) -> None:
+    """A terminal on another component's node, and the stacks of a rank there."""
+    words = [sys.executable, "-m", "prl", "attach", str(run.dir.path), "trainer-1"]
+    typed = 'echo "<$(hostname)|$PRL_PROCESS|$PYTHONHASHSEED>"; test -t 0 && exit 7\n'
+    code, shown = on_terminal(words, typed=typed, env=run.cluster.env | {"SHELL": "/bin/sh"})
+    assert f"<{run.host('trainer-1')}|trainer-1|0>" in shown, shown
+    assert code == 7
+    out = run.prl("attach", "trainer-1", "--stacks")
+    assert [line.partition(" (")[0] for line in out.splitlines() if line.startswith("---")] == [
+        "--- trainer-1",
+        "--- trainer-rank-1",
+    ]
+    assert "prl/train/worker.py" in out
 
 
 def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
@@ -101,6 +119,27 @@ def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
     assert "COMPLETED" in runs[1].prl("status")
     for run in runs:
         run.audited()
+
+
+# --- one after another ------------------------------------------------------------------------------------------------
+def test_a_run_after_another_is_a_dependency_of_its_job(slurm: Cluster, tmp_path: Path) -> None:
+    small = ("launcher.allocation=shared", "engine.count=1")
+    before = launch(slurm, tmp_path / "before", "run.steps=2", *small, "launcher.options=['--begin=now+1hour']")
+    chain = ("--after", str(before.dir.path), "--from", str(before.dir.path))
+    run = launch(slurm, tmp_path / "after", "run.steps=4", *small, words=chain)
+    assert "(Dependency)" in run.prl("status")
+    assert before.prl("stop").splitlines()[-1] == "stopped"
+    until(lambda: not slurm.jobs("after"), "what cannot begin any more is left in the queue")
+
+    before.prl("resume", "--set", "launcher.options=[]")
+    run.prl("resume")
+    assert set(slurm.jobs("after").values()) == {"PENDING"}
+    assert (before.ended(), run.ended()) == ("finished", "finished")
+    assert [line["step"] for line in run.steps] == [3, 4]
+    assert run.state["step"] == 4
+    assert run.begun_from() == before.chain()[2]
+    before.audited()
+    run.audited()
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------
@@ -131,28 +170,44 @@ def test_a_run_goes_on_after_the_end_of_its_time_and_the_loss_of_its_first_node(
 # --- nodes that go ----------------------------------------------------------------------------------------------------
 def test_a_run_outlives_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
     brief = ("failures.restarts=1", "failures.window=3")
-    run = launch(slurm, tmp_path / "lossy", *ENDLESS, *brief, "engine.nodes=2", "launcher.spare_nodes=1")
-    run.until(lambda: run.kept(), "no checkpoint")
-    assert [run.host(name) for name in ("engine-0", "engine-1", "trainer-0")] == ["node1", "node2", "node3"]
+    nodes = ("engine.nodes=2", "launcher.spare_nodes=1", *TWO_TRAINER_NODES)
+    run = launch(slurm, tmp_path / "lossy", *ENDLESS, *brief, *nodes)
 
-    slurm.power_off("node3")  # the trainer's: a spare takes its place, and training goes on from the last cut
-    run.until(lambda: run.dir.attempts() == [1, 2] and run.trains(), "it does not train on after the trainer's node")
-    assert run.host("trainer-0") == "node4"
+    def trains_beyond(attempts: list[int], step: int) -> bool:
+        return run.dir.attempts() == attempts and run.trains() and run.state["step"] > step + 4
+
+    run.until(lambda: run.kept(), "no checkpoint")
+    assert [run.host(name) for name in ("engine-0", "engine-1", "trainer-0", "trainer-1")] == slurm.nodes[:4]
+
+    slurm.power_off("node3")  # a trainer's: the spare takes its place, and training goes on from the last cut
+    before = run.state["step"]
+    run.until(lambda: trains_beyond([1, 2], before), "it does not train on after the trainer's node")
+    assert [run.host(name) for name in ("trainer-0", "trainer-1")] == ["node5", "node4"]
+
+    slurm.power_off("node4")  # no spare is left: half of the trainer's nodes train on
+    before = run.state["step"]
+    run.until(lambda: trains_beyond([1, 2, 3], before), "it does not train on with one trainer node")
+    cut = run.steps_before_attempt()
+    assert [run.host("trainer-0"), len(run.entries)] == ["node5", 5]
+    assert json.loads(run.dir.resume.read_text())["trainer"] == {"nodes": 1, "ranks": 1, "replicate": 1, "shard": 0}
+    assert run.failures()[-1]["done"] == f"attempt 3 goes on from step {cut} on 1 of 2 trainer nodes"
+    assert ("process", run.failures()[-1]["done"]) in run.told()
     assert len(run.turns) == 1
 
     slurm.power_off("node2")  # an engine's, and no spare is left
     run.until(lambda: "the run goes on without it" in run.failures()[-1]["done"], "engine-1 is not given up")
-    assert [line["role"] for line in run.failures()] == ["trainer", "engine", "engine"]
+    assert [line["role"] for line in run.failures()] == ["trainer", "trainer", "engine", "engine"]
     before = run.state["step"]
     run.until(lambda: run.state["step"] > before + 4, "it does not train on without engine-1")
-    assert run.dir.attempts() == [1, 2]
+    assert run.dir.attempts() == [1, 2, 3]
 
-    slurm.power_off("node4")  # the trainer's again: there is no node for it in this job
+    slurm.power_off("node5")  # the trainer's last: there is no node for it in this job
     until(lambda: slurm.jobs("lossy") == {run.id: "PENDING"}, f"it does not wait: {run.tell()}", PATIENCE)
-    for node in ("node2", "node3", "node4"):
+    for node in slurm.nodes[1:]:
         slurm.power_on(node)
     until(lambda: len(run.turns) == 2 and run.state["status"] == "running", f"no second turn: {run.tell()}", PATIENCE)
     assert run.turns[1]["step"] in range(20, before + 1000, 20)
+    assert len([entry for entry in run.entries if entry["role"] == "trainer"]) == 2  # the whole mesh again
     assert run.prl("stop").splitlines()[-1] == "stopped"
     assert list(run.chain()) == list(range(run.state["step"] + 1))
     run.audited()
@@ -179,6 +234,34 @@ def test_a_plugin_that_one_node_lacks_is_refused_before_training(slurm: Cluster,
     assert not run.steps
 
 
+STOPS = """
+import os, signal, sys
+if "prl_slurm.drill" in sys.orig_argv:
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_spares_take_the_place_of_nodes_that_cannot_add_up_a_number(slurm: Cluster, tmp_path: Path) -> None:
+    """node3's process is stopped, and the spare node4 has no interface for gloo: the second spare trains."""
+    (tmp_path / "node3").mkdir()
+    (tmp_path / "node3" / "sitecustomize.py").write_text(STOPS)
+    wrong = "if [ $SLURMD_NODENAME = node4 ]; then export GLOO_SOCKET_IFNAME=nowhere; fi"
+    setup = f"launcher.setup=['export PYTHONPATH={tmp_path}/$SLURMD_NODENAME', '{wrong}']"
+    brief = ("launcher.spare_nodes=2", "launcher.collective_seconds=8")
+    run = launch(slurm, tmp_path / "spared", "run.steps=2", *TWO_TRAINER_NODES, *brief, setup)
+    assert run.ended() == "finished", run.tell()
+    assert [run.host(name) for name in ("engine-0", "trainer-0", "trainer-1")] == ["node1", "node2", "node5"]
+    said = [line.partition("prl: ")[2] for line in (run.dir.path / "slurm" / "job.log").read_text().splitlines()]
+    lost = [line.partition(" takes no part: ")[::2] for line in said if "takes no part" in line]
+    assert [host for host, _ in lost] == ["node3", "node4"]
+    assert lost[0][1] == "was not ready to add up a number 8 s after others; node4 takes its place"
+    assert lost[1][1].endswith("; node5 takes its place")
+    files = json.loads((run.dir.path / "slurm" / "preflight.json").read_text())["MB/s"]
+    assert all(speeds["write"] > 0 and speeds["read"] > 0 for speeds in files.values())
+    assert list(files) == slurm.nodes
+    assert list((run.dir.path / "slurm").glob("preflight-*")) == []
+
+
 def install(site: Path, name: str) -> Path:
     """A distribution `prl-NAME` with a plugin that provides nothing, in a folder of its own."""
     (site / f"prl_{name}").mkdir(parents=True)
@@ -196,6 +279,7 @@ def install(site: Path, name: str) -> Path:
         (["launcher.partition=nowhere"], "sbatch would refuse this job: .*invalid partition specified: nowhere"),
         (["launcher.spare_nodes=9"], "sbatch would refuse this job: "),
         (["launcher.gres='gpu:9'"], "sbatch would refuse this job: "),
+        (["launcher.free_gb=1e9"], r"run.dir: /.* has .* GB left, and launcher.free_gb is 1e\+09"),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_before_anything_is_made(

@@ -15,6 +15,24 @@ def test_what_is_left_is_sharded():
     assert not list(problems(TrainerSection(ranks=16, replicate=2, context=4, expert=4)))
 
 
+@pytest.mark.parametrize(
+    ("section", "nodes", "least", "found"),
+    [
+        ({"ranks": 16, "nodes": 4}, 3, 1, (3, 12, 1, 0)),
+        ({"ranks": 16, "nodes": 4, "shard": 16}, 3, 2, (3, 12, 1, 0)),
+        ({"ranks": 16, "nodes": 4, "context": 4, "expert": 8}, 3, 1, (2, 8, 1, 0)),  # expert does not divide 12
+        ({"ranks": 16, "nodes": 4, "replicate": 2}, 3, 2, (3, 12, 2, 0)),
+        ({"ranks": 16, "nodes": 4, "replicate": 4, "shard": 4}, 3, 2, (3, 12, 3, 4)),  # a whole copy is given up
+        ({"ranks": 16, "nodes": 4, "context": 4, "expert": 16}, 3, 1, None),
+        ({"ranks": 16, "nodes": 4}, 1, 2, None),
+        ({"ranks": 2, "nodes": 2}, 0, 1, None),
+    ],
+)
+def test_fewer_nodes_hold_what_the_mesh_allows(section, nodes, least, found):
+    fewer = layout.on_fewer_nodes(TrainerSection(**section), nodes, least=least)
+    assert (fewer and (fewer.nodes, fewer.ranks, fewer.replicate, fewer.shard)) == found
+
+
 def test_ranks_of_a_context_group_are_neighbours():
     places = [Layout(replicate=2, shard=2, context=2).place(rank) for rank in range(8)]
     assert places == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]

@@ -87,7 +87,13 @@ class KeyValueCache(TokenCache):
 
     def write(self, k: Tensor, v: Tensor, context: Context) -> None:
         """k, v [T, kv_heads, head_dim] of the new tokens, each to its row and position."""
-        self.store(torch.cat((k, v)), context)
+        if not (context.decoding and isinstance(context.rows, slice)):
+            self.store(torch.cat((k, v)), context)
+            return
+        if "decoded rows" not in context.memo:
+            context.memo["decoded rows"] = _rows_of_tokens(context)
+        place = context.memo["decoded rows"], slice(None), context.positions
+        self.k[place], self.v[place] = k, v
 
     def read(self, context: Context) -> tuple[Tensor, Tensor]:
         """k, v [S, kv_heads, context.longest, head_dim] of the context's sequences; views when `rows` is a slice."""

@@ -31,8 +31,19 @@ class SequenceShard(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def divides_heads(self) -> bool:
+        """Whether attention with a multiple of `count` heads exchanges heads for tokens (Ulysses), not keys and values.
+        """
+
     def whole(self, x: Tensor) -> Tensor:
         """x [T, ...] of this rank -> [count * T, ...] of all ranks in order; gradients add up. A collective."""
+
+    def by_heads(self, x: Tensor) -> Tensor:
+        """x [T, count * H, D] of this rank -> [count * T, H, D]: all tokens, and this rank's heads. A collective."""
+
+    def by_tokens(self, x: Tensor) -> Tensor:
+        """The way back: [count * T, H, D] -> [T, count * H, D]. A collective."""
 
 
 @attrs.frozen(eq=False)
@@ -82,6 +93,8 @@ class Context:
     """Who holds the rest of the packed tokens; None: nobody does."""
     earlier: int = 0
     """Tokens of the first sequence that lie on earlier ranks."""
+    whole: Context | None = None
+    """Of all ranks' tokens together; None where `shard` is."""
     shared: SharedPrefixes | None = None
     """When training, and the model `shares_prefixes`: what it is given are `U` rows, and so is `positions`. Only what
     looks at other tokens of a sequence expands them to the `T` tokens that `lengths` count."""
@@ -100,13 +113,22 @@ class Context:
         shared then.
         """
         bounds = cu_seqlens.tolist()
+        whole = None if shard is None else cls.packed(cu_seqlens)
         longest = max((b - a for a, b in pairwise(bounds)), default=0)
         bounds, earlier = _share(bounds, shard)
         lengths = tuple(b - a for a, b in pairwise(bounds))
         positions = _positions(lengths, first=[earlier, *[0] * (len(lengths) - 1)] if lengths else [])
         if shared is not None:
             positions = shared.collect(positions)
-        return cls(lengths=lengths, positions=positions, longest=longest, shared=shared, shard=shard, earlier=earlier)
+        return cls(
+            lengths=lengths,
+            positions=positions,
+            longest=longest,
+            shared=shared,
+            shard=shard,
+            earlier=earlier,
+            whole=whole,
+        )
 
     @classmethod
     def cached(

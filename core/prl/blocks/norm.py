@@ -18,7 +18,9 @@ from torch.nn import functional
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] / sqrt(mean(x^2 over D) + eps) * weight; weight is [D], or [H, D] for one weight per head."""
     exact = x.is_meta or (x.is_cpu and x.dtype in (torch.float32, torch.float64))
-    if exact and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if exact and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return (x * _scale(x, eps)).mul_(weight)
         normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return normed
     if weight.dim() == 1:
@@ -26,11 +28,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, [weight.shape[-1]], None, eps) * weight
 
 
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """x [..., D] -> 1 / sqrt(mean(x^2 over D) + eps) [..., 1]."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        scale = _scale(x, eps)
         normed = x * scale
         ctx.save_for_backward(normed, weight, scale)
         return normed * weight

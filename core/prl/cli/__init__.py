@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from prl import __version__
 from prl.cli import (
+    attach,
     audit,
     bench,
     config,
@@ -34,7 +35,7 @@ from prl.cli import (
 from prl.errors import PrlError
 
 COMMANDS = (
-    *(launch, status, logs, stop, resume, report, audit, explain, replay, simulate),
+    *(launch, status, logs, attach, stop, resume, report, audit, explain, replay, simulate),
     *(plan, bench, config, plugins, weights, worker),
 )
 """In the order in which `prl --help` shows them."""

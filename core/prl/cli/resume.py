@@ -1,16 +1,20 @@
-"""`prl resume [RUN]`: a stopped, failed or killed run goes on in its own directory from its newest checkpoint."""
+"""`prl resume [RUN]`: a stopped, failed or killed run goes on in its own directory from its newest checkpoint.
+
+RUN may also be the folder of a sweep: each of its runs that has not finished goes on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prl.cli.launch import add_edit_arguments
-from prl.cli.runs import FINAL, add_run_argument, alive, find_run, remote, state_of
-from prl.errors import UserError
+from prl.cli.launch import INTERRUPTED, add_edit_arguments
+from prl.cli.runs import FINAL, add_run_argument, alive, find_run, remote, state_of, sweep_of
+from prl.errors import PrlError, UserError
 from prl.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
@@ -32,10 +36,35 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    members = sweep_of(arguments.directory)
+    if not members:
+        return _resume(arguments, find_run(arguments.directory))
+    worst = 0
+    for run_dir in members:
+        code = _resume_member(arguments, run_dir)
+        if code == INTERRUPTED:
+            return code
+        worst = max(worst, code)
+    return worst
+
+
+def _resume_member(arguments: argparse.Namespace, run_dir: RunDir) -> int:
+    """One that cannot go on says so, and does not keep the next from it."""
+    if state_of(run_dir)["status"] == "finished":
+        print(f"{run_dir.path} has finished", flush=True)
+        return 0
+    try:
+        return _resume(arguments, run_dir)
+    except PrlError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _resume(arguments: argparse.Namespace, run_dir: RunDir) -> int:
+    from prl.cli.start import start
     from prl.compose.plan import plan
     from prl.compose.resume import resume
 
-    run_dir = find_run(arguments.directory)
     refuse_living(run_dir, patience=ENDING_SECONDS)
 
     def check(composition: Composition) -> None:
@@ -50,8 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     composition = attempt.composition
     launcher = composition.build(composition.run.launcher, run_dir.path)
     run_dir.launch.unlink(missing_ok=True)  # what took the last attempt over has nothing to say about this one
-    code: int = launcher.launch(plan(composition, run_dir))
-    return code
+    return start(launcher, plan(composition, run_dir))
 
 
 def refuse_living(run_dir: RunDir, *, patience: float) -> None:

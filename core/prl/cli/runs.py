@@ -38,6 +38,14 @@ def is_run(name: str) -> bool:
     return any((folder / "run.toml").is_file() for folder in (Path(name), RUNS / name))
 
 
+def sweep_of(name: str | None) -> list[RunDir]:
+    """The runs of the sweep in a folder of that path, or of that name under `runs/`; none where it is no sweep."""
+    if name is None or is_run(name):
+        return []
+    folder = Path(name) if Path(name).exists() else RUNS / name
+    return [RunDir(config.parent) for config in sorted(folder.glob("*/run.toml"))]
+
+
 def _newest() -> RunDir:
     configs = list(RUNS.glob("*/run.toml"))
     if not configs:

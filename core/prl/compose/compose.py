@@ -213,7 +213,7 @@ def open_run(run_dir: RunDir) -> Composition:
 
     Verifies `plugins.lock` before any plugin is imported. Raises LockError with every difference.
     """
-    table = layers.read(run_dir.config)
+    table = attempt_table(run_dir)
     known = installed()
     lock.verify(lock.load(run_dir.lock), table["plugins"], known)
     hooks, registry, failures = _assemble(table["plugins"], known)
@@ -223,6 +223,12 @@ def open_run(run_dir: RunDir) -> Composition:
     except StructureError as error:
         raise ConfigError(str(run_dir.config), error.problems) from error
     return Composition(run=_resumed(run, run_dir), registry=registry, hooks=hooks, resolved=table)
+
+
+def attempt_table(run_dir: RunDir) -> dict[str, Any]:
+    """run.toml, with the trainer on as many nodes as this attempt has."""
+    table = layers.read(run_dir.config)
+    return {**table, "trainer": {**table.get("trainer", {}), **(read_json(run_dir.resume) or {}).get("trainer", {})}}
 
 
 def _resumed(run: Run, run_dir: RunDir) -> Run:

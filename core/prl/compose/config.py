@@ -189,6 +189,12 @@ class TrainerSection:
         validator=not_negative,
     )
     context: int = option(1, help="ranks that share every sequence (context parallelism)", validator=positive)
+    context_attention: Literal["auto", "ulysses", "gather"] = option(
+        "auto",
+        help="how grouped-query attention works over the ranks of context: ulysses, each rank with some of the heads on "
+        "all tokens; gather, with all heads on its own tokens, which need the keys of all earlier ones; auto: ulysses "
+        "where context divides the heads",
+    )
     expert: int = option(
         1, help="ranks that the experts of a layer are divided over, out of shard x context", validator=positive
     )
@@ -249,7 +255,10 @@ class EvaluationSection:
 class CheckpointSection:
     """`[checkpoints]`: what a run can continue from."""
 
-    every: int = option(0, help="steps between checkpoints; 0: only at the end", validator=not_negative)
+    every: int = option(0, help="steps between checkpoints; 0: by the clock alone", validator=not_negative)
+    minutes: float = option(
+        30.0, help="a checkpoint also after the first step so long after the last one; 0: never", validator=not_negative
+    )
     keep_last: int = option(2, help="older checkpoints are removed; 0 keeps all", validator=not_negative)
     keep_every: int = option(
         0, help="checkpoints of every so many steps are never removed; 0: none is spared", validator=not_negative
@@ -276,6 +285,11 @@ class FailureSection:
     )
     minimum_engines: int = option(
         1, help="the run goes on without engines that were given up as long as so many are left", validator=positive
+    )
+    minimum_trainer_nodes: int = option(
+        0,
+        help="the run goes on without trainer nodes that were lost as long as so many are left; 0: half of them",
+        validator=not_negative,
     )
     share: float = option(
         0.5,

@@ -15,6 +15,7 @@ from prl.errors import Problem, UserError
 from prl.providers import Degree, Limit, Model
 
 DEGREES: tuple[Degree, ...] = ("expert", "tensor", "context")
+"""Those that are numbers of `[trainer]`."""
 
 
 def of_model(run: Run, registry: Registry) -> list[Problem]:
@@ -28,6 +29,8 @@ def of_model(run: Run, registry: Registry) -> list[Problem]:
     except UserError as error:
         return [Problem("model", str(error))]
     degrees = {name: (f"trainer.{name}", getattr(run.trainer, name, 1)) for name in DEGREES}
+    if run.trainer.context_attention == "ulysses":
+        degrees["heads"] = ("trainer.context", run.trainer.context)
     return problems(limits, degrees)
 
 

@@ -74,6 +74,8 @@ class LaunchPlan:
     groups: tuple[NodeGroup, ...] = ()
     failures: FailureSection = attrs.field(factory=FailureSection)
     """What becomes of those that die or hang."""
+    after: RunDir | None = None
+    """A run that must have finished first: for launchers that said that they can wait for it (`follows`)."""
 
     def on(self, group: str, node: int) -> list[Process]:
         """What runs on one node."""

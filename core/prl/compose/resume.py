@@ -9,6 +9,7 @@ Everything that can be refused is refused before anything is changed. Imports no
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import tomllib
@@ -24,6 +25,7 @@ from prl.compose.discover import installed
 from prl.compose.rewind import rewind
 from prl.errors import LockError, UserError
 from prl.run_dir import RunDir, read_json
+from prl.train.layout import on_fewer_nodes
 
 
 @attrs.frozen(kw_only=True)
@@ -37,6 +39,13 @@ class Attempt:
     relocked: str
     """What plugins.lock said otherwise before it was rewritten; empty when it was not."""
 
+    @property
+    def start(self) -> str:
+        """`step 20`, and what else the attempt before it had otherwise."""
+        trainer, whole = self.composition.run.trainer, self.composition.resolved["trainer"]["nodes"]
+        fewer = f" on {trainer.nodes} of {whole} trainer nodes" if trainer.nodes < whole else ""
+        return f"step {self.step}{fewer}"
+
 
 def resume(
     run_dir: RunDir,
@@ -45,8 +54,12 @@ def resume(
     overrides: Sequence[str] = (),
     relock: bool = False,
     check: Callable[[Composition], object] = lambda _: None,
+    trainer_nodes: int | None = None,
 ) -> Attempt:
     """Make the run ready for its next attempt; no process of it may be alive. `check` may refuse, with a PrlError.
+
+    `trainer_nodes`: how many are left of those it was launched with. This attempt trains on them, where [failures] and
+    the mesh allow; run.toml stays as it is.
 
     UserError, ConfigError, LockError or CheckpointError say why it cannot go on; nothing was changed then.
     """
@@ -59,15 +72,30 @@ def resume(
     _refuse_finished(run_dir, composition, step)
     check(composition)
     _keep_config(run_dir, composition)
+    composition, edits = _fitted(composition, trainer_nodes)
     if changed:
         run_dir.write_json(run_dir.lock, lock.derive([p.name for p in composition.plugins], installed()))
     rewind(run_dir, step)
     number = max(run_dir.attempts(), default=0) + 1
     run_dir.logs(number).mkdir(parents=True)
-    run_dir.write_json(run_dir.resume, {"checkpoint": str(newest.relative_to(run_dir.path)) if newest else ""})
+    checkpoint = str(newest.relative_to(run_dir.path)) if newest else ""
+    run_dir.write_json(run_dir.resume, {"checkpoint": checkpoint, **({"trainer": edits} if edits else {})})
     run_dir.create_token()
     _announce(run_dir, step)
     return Attempt(composition=composition, number=number, step=step, relocked=changed)
+
+
+def _fitted(composition: Composition, nodes: int | None) -> tuple[Composition, dict[str, int]]:
+    """The composition with the trainer on the nodes that are left, and the values that changed; or as it was."""
+    run = composition.run
+    if nodes is None or nodes >= run.trainer.nodes:
+        return composition, {}
+    least = run.failures.minimum_trainer_nodes or math.ceil(run.trainer.nodes / 2)
+    trainer = on_fewer_nodes(run.trainer, nodes, least=least)
+    if trainer is None:
+        return composition, {}
+    edits = {name: getattr(trainer, name) for name in ("nodes", "ranks", "replicate", "shard")}
+    return attrs.evolve(composition, run=attrs.evolve(run, trainer=trainer)), edits
 
 
 def _locked(run_dir: RunDir, composition: Composition, *, relock: bool) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,16 @@ class Checkpoints:
     newest: int
     """Step of the newest cut of this run, or of the checkpoint it was resumed from."""
     _cuts: BoundedQueue[_Cut] = attrs.field(init=False, factory=lambda: BoundedQueue("checkpoints", 1))
+    _at: float = attrs.field(init=False, factory=time.monotonic)
+    """When the newest cut was taken, or this run began."""
     _writing: bool = attrs.field(init=False, default=False)
     _change: Change = attrs.field(init=False, factory=Change)
+
+    def due(self, step: int) -> bool:
+        """Whether the config wants one after that step."""
+        every, minutes = self.section.every, self.section.minutes
+        by_clock = minutes > 0 and time.monotonic() - self._at >= 60 * minutes
+        return by_clock or (every > 0 and step % every == 0)
 
     async def begin(self) -> None:
         """Take the cut; the trainer must be between two steps. Waits until the checkpoint before is complete."""
@@ -101,7 +110,7 @@ class Checkpoints:
         state = self.state.state_dict()
         cut = _Cut(step=state["step"], state=state, groups=tuple(self.pending()))
         self.ledger.record(facts.Cut(cut.step))
-        self.newest, self._writing = cut.step, True
+        self.newest, self._at, self._writing = cut.step, time.monotonic(), True
         await self.trainer.save(cut.step, checkpoint_dir.partial(self._path(cut.step)))
         await self._cuts.put(cut)
 

@@ -68,8 +68,7 @@ class TrainingLoop:
             self.publisher.announce(manifest)
         self.engines.poll()
         await self.reporter.queue.put(self._outcome(prepared, reports))
-        every = self.run.checkpoints.every
-        if every and step % every == 0:
+        if self.checkpoints.due(step):
             await self.checkpoints.begin()
         if prepared.batch.phase == "rl" and step < self.progress.steps:
             self.evaluator.request(step)

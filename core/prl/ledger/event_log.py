@@ -20,6 +20,8 @@ from typing import BinaryIO, Literal
 import attrs
 
 from prl import wire
+from prl.compose import toml
+from prl.compose.compose import attempt_table
 from prl.errors import RunError
 from prl.ledger.events import EVENTS, Arrived, Begun, Event, event_of
 from prl.ledger.facts import Fact
@@ -60,7 +62,7 @@ class EventLog:
         self._launch = launch
         self._file = path_of(self.run_dir, launch).open("wb")
         self._file.write(MAGIC)
-        config, lock = self.run_dir.config.read_text(), self.run_dir.lock.read_text()
+        config, lock = toml.dumps(attempt_table(self.run_dir)), self.run_dir.lock.read_text()
         self._file.write(record(at, Begun(launch=launch, config=config, lock=lock)))
         self._file.flush()
 

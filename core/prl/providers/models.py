@@ -40,8 +40,9 @@ class Model(Provider):
     """`(config, vocab_size) -> Sequence[Limit]`; imports no torch. UserError says why there is no such model."""
 
 
-Degree: TypeAlias = Literal["expert", "tensor", "context"]
-"""A kind of parallelism: over how many ranks experts, heads or a sequence are spread."""
+Degree: TypeAlias = Literal["expert", "tensor", "context", "heads"]
+"""A kind of parallelism: over how many ranks experts, a layer's matrices, a sequence, or the heads of an attention that
+is otherwise whole (`trainer.context_attention`) are spread."""
 
 
 @attrs.frozen(kw_only=True)

@@ -44,6 +44,14 @@ class HandingLauncher(ProcessLauncher, Protocol):
         """The run that `launch.json` says was handed over."""
 
 
+class FollowingLauncher(HandingLauncher, Protocol):
+    def follows(self, run_dir: RunDir) -> bool:
+        """Whether it can have the run of a plan wait for that one (`LaunchPlan.after`); else the command line waits.
+
+        What it then starts calls `prl.compose.chain.settle` before it opens the run.
+        """
+
+
 class SweepingLauncher(ProcessLauncher, Protocol):
     def launch_all(self, plans: Sequence[LaunchPlan], folder: Path) -> int:
         """The runs of a sweep at once, where the launcher has a way to; without it they go one after the other."""
@@ -66,6 +74,9 @@ class RemoteRun(Protocol):
 
     def cancel(self) -> None:
         """End what is left of it now."""
+
+    def attach(self, process: str, host: str, arguments: Sequence[str]) -> int:
+        """Run Python with these arguments in this terminal, where that process of the run lives; its exit code."""
 
 
 @attrs.frozen(kw_only=True)

@@ -38,13 +38,16 @@ RESTARTED_ALONE = frozenset({"engine", "environment"})
 _TICK = 0.25  # seconds between two looks at signs of life
 
 
-def supervise(launched: LaunchPlan, spawn: Spawn, *, grace: float) -> int:
+def supervise(
+    launched: LaunchPlan, spawn: Spawn, *, grace: float, trainer_nodes: Callable[[], int | None] = lambda: None
+) -> int:
     """Run the processes of the plan to the end of the run; its exit code.
 
-    `grace`: seconds that processes have to end by themselves, and again after SIGTERM.
+    `grace`: seconds that processes have to end by themselves, and again after SIGTERM. `trainer_nodes`: how many nodes
+    there are for the trainer, asked before an attempt that follows another; None: as many as it wants.
     """
     children = Children(launched.run_dir, spawn, grace=grace)
-    supervisor = Supervisor(launched, children)
+    supervisor = Supervisor(launched, children, trainer_nodes=trainer_nodes)
     with _signals(children):
         try:
             return supervisor.run()
@@ -78,11 +81,17 @@ class Supervisor:
     """Decides; `Children` does."""
 
     def __init__(
-        self, launched: LaunchPlan, children: Children, *, clock: Callable[[], float] = time.monotonic
+        self,
+        launched: LaunchPlan,
+        children: Children,
+        *,
+        trainer_nodes: Callable[[], int | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = launched
         self._run_dir: RunDir = launched.run_dir
         self._children = children
+        self._trainer_nodes = trainer_nodes
         self._clock = clock
         self._budget = RestartBudget(launched.failures)
         self._pulse = Pulse(self._run_dir, clock=clock)
@@ -201,12 +210,12 @@ class Supervisor:
             )
             return INTERRUPTED
         try:
-            attempt = resume(self._run_dir)
+            attempt = resume(self._run_dir, trainer_nodes=self._trainer_nodes())
         except PrlError as error:
             self._write_state("failed", f"{sentence}; the run cannot go on by itself: {error}")
             _tell(f"the run failed: {sentence}; it cannot go on by itself: {error}")
             return RunError.exit_code
-        self._note(child, sentence, f"attempt {attempt.number} goes on from step {attempt.step}", pid=pid)
+        self._note(child, sentence, f"attempt {attempt.number} goes on from {attempt.start}", pid=pid)
         return plan(attempt.composition, self._run_dir)
 
     def _paused(self, seconds: float) -> bool:

@@ -31,6 +31,8 @@ class Layout:
     shard: int = 1
     context: int = 1
     expert: int = 1
+    divides_heads: bool = True
+    """Whether ranks of `context` exchange heads where they divide them, instead of gathering keys and values."""
 
     @property
     def ranks(self) -> int:
@@ -49,7 +51,31 @@ class Layout:
 def layout_of(trainer: TrainerSection) -> Layout:
     """The layout a section asks for; `problems` has nothing against it."""
     shard = trainer.shard or trainer.ranks // (trainer.replicate * trainer.context)
-    return Layout(replicate=trainer.replicate, shard=shard, context=trainer.context, expert=trainer.expert)
+    return Layout(
+        replicate=trainer.replicate,
+        shard=shard,
+        context=trainer.context,
+        expert=trainer.expert,
+        divides_heads=trainer.context_attention != "gather",
+    )
+
+
+def on_fewer_nodes(trainer: TrainerSection, nodes: int, *, least: int) -> TrainerSection | None:
+    """The section laid out anew on `nodes` of its nodes, or on the most below that its mesh allows; None below `least`.
+
+    A node's ranks, `context` and `expert` stay, which the model's own limits go by. Whole copies of the model are given
+    up where that suffices, for a rank then holds what it held; else what a copy is divided over.
+    """
+    shard = layout_of(trainer).shard
+    for left in range(nodes, max(least, 1) - 1, -1):
+        ranks = trainer.ranks // trainer.nodes * left
+        meshes = [(ranks // (shard * trainer.context), shard), (trainer.replicate, 0), (1, 0)]
+        for replicate, divided in meshes:
+            if replicate:
+                found = attrs.evolve(trainer, nodes=left, ranks=ranks, replicate=replicate, shard=divided)
+                if not list(problems(found)):
+                    return found
+    return None
 
 
 def problems(trainer: TrainerSection) -> Iterator[Problem]:

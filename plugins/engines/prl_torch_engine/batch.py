@@ -46,6 +46,8 @@ class Window:
     greedy: Tensor | None  # [n] rows that take the most likely token, None when there are none
     barred_steps: int
     """Steps during which some row may not stop yet."""
+    all_barred_steps: int
+    """Steps during which no row may."""
     past_min: int
     past_max: int
     lengths: tuple[int, ...]
@@ -115,6 +117,7 @@ class Batch:
             scale=scale if bool((scale != 1.0).any()) else None,
             greedy=greedy if bool(greedy.any()) else None,
             barred_steps=int((minimum - past).max()),
+            all_barred_steps=int((minimum - past).min()),
             past_min=int(past.min()),
             past_max=int(past.max()),
             lengths=(1,) * (stop - start),
@@ -159,11 +162,19 @@ class Batch:
         if window.scale is not None:
             logits = logits / window.scale
         if window.barred_steps > 0:
-            window.barred_steps -= 1
-            barred = (window.past < window.minimum)[:, None]
-            stops = window.stops.clamp(min=0)
-            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(barred, -torch.inf))
+            self._bar(window, logits)
         return logits.log_softmax(1)
+
+    def _bar(self, window: Window, logits: Tensor) -> None:
+        """Rows that may not stop yet cannot sample a stop token."""
+        stops = window.stops.clamp(min=0)
+        if window.all_barred_steps > 0:
+            logits.scatter_(1, stops, -torch.inf)
+        else:
+            barred = (window.past < window.minimum)[:, None]
+            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(barred, -torch.inf))
+        window.barred_steps -= 1
+        window.all_barred_steps -= 1
 
     def _draw(self, window: Window, logprobs: Tensor) -> Tensor:
         uniform = torch.from_numpy(uniforms(window.counters)).to(logprobs.device)

@@ -68,6 +68,15 @@ class SlurmConfig(LauncherConfig):
     container: ContainerSection = option(attrs.Factory(ContainerSection), help="run processes inside an image")
     template: str = option("", help="a batch script of your own; docs/slurm.md says which names it may use")
     preflight_seconds: int = option(120, help="every node must have answered by then", validator=positive)
+    collective_seconds: int = option(
+        60,
+        help="trainer nodes have to add up a number together within so long, once they have loaded torch",
+        validator=positive,
+    )
+    slowest_files: float = option(
+        0.0, help="a node that writes or reads the run's folder at fewer MB/s is bad", validator=not_negative
+    )
+    free_gb: float = option(1.0, help="gigabytes that must be free where the run's folder is", validator=not_negative)
     clock_skew: float = option(5.0, help="seconds two nodes' clocks may differ", validator=positive)
     inference: NodesSection = option(attrs.Factory(NodesSection), help="of a heterogeneous job")
     trainer: NodesSection = option(attrs.Factory(NodesSection), help="of a heterogeneous job")

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prl.compose import chain
 from prl.compose.compose import Composition, open_run
 from prl.compose.plan import LaunchPlan, plan
 from prl.compose.resume import resume
@@ -26,7 +27,7 @@ from prl.supervise.supervisor import supervise
 
 from prl_slurm import SlurmConfig, commands, steps
 from prl_slurm.allocation import Nodes
-from prl_slurm.preflight import examine
+from prl_slurm.preflight import Examination, Problems
 from prl_slurm.spawn import NoNodeError, Spawner
 from prl_slurm.steps import Job, Step
 
@@ -47,6 +48,7 @@ def main(run_dir: RunDir) -> int:
 
 def _composition(run_dir: RunDir, job: Job) -> Composition:
     """A job that was queued again goes on from the newest cut, as `prl resume` would."""
+    chain.settle(run_dir)
     return resume(run_dir).composition if job.restarts else open_run(run_dir)
 
 
@@ -72,7 +74,7 @@ class Turn:
         spawner = Spawner(self._job, self._config, self._run_dir, self._nodes)
         guards = self._guards()
         try:
-            code = supervise(self._plan, spawner, grace=GRACE_SECONDS)
+            code = supervise(self._plan, spawner, grace=GRACE_SECONDS, trainer_nodes=spawner.trainer_nodes)
         except NoNodeError as error:
             return self._again(str(error))
         finally:
@@ -109,16 +111,23 @@ class Turn:
             gpus[place.host] = max(gpus[place.host], place.first_gpu + process.gpus)
         for host in self._nodes.spares:
             gpus[host] = max(group.gpus for group in self._plan.groups)
-        found = examine(self._job, self._config, self._run_dir, gpus)
-        bad = {host: problems for host, problems in found.items() if problems}
+        with Examination(self._job, self._config, self._run_dir, gpus) as examination:
+            self._do_without({host: problems for host, problems in examination.look().items() if problems})
+            self._run_dir.write_json(_folder(self._run_dir) / "preflight.json", {"MB/s": examination.speeds()})
+            while bad := examination.together(self._nodes.of("trainer"), self._nodes.beside("trainer")):
+                self._do_without(bad)
+
+    def _do_without(self, bad: Problems) -> None:
+        """RunError names every node that cannot take part and has no spare."""
         for host in [host for host in self._nodes.spares if host in bad]:
             self._lose(host, bad[host])
         stuck = [host for host in self._nodes.hosts if host in bad and not self._lose(host, bad[host])]
         if stuck:
             lines = "\n".join(f"  {host}   {problem}" for host in stuck for problem in bad[host])
             exclude = ",".join(filter(None, [self._config.exclude, *stuck]))
+            count = sum(len(component) for component in self._job.components)
             raise RunError(
-                f"{len(stuck)} of {len(gpus)} nodes cannot take part, and no spare is left\n{lines}\n"
+                f"{len(stuck)} of {count} nodes cannot take part, and no spare is left\n{lines}\n"
                 f"mend them, or leave them out: prl resume --set launcher.exclude={exclude}"
             )
 
@@ -156,8 +165,12 @@ class Turn:
             file.write(f"{json.dumps(turn)}\n")
 
 
+def _folder(run_dir: RunDir) -> Path:
+    return run_dir.path / "slurm"
+
+
 def _file(run_dir: RunDir) -> Path:
-    return run_dir.path / "slurm" / "turns.jsonl"
+    return _folder(run_dir) / "turns.jsonl"
 
 
 def _turns(run_dir: RunDir) -> list[dict[str, Any]]:

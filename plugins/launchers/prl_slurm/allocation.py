@@ -90,6 +90,16 @@ class Nodes:
         """Those that have a part, in the order of the plan."""
         return list(dict.fromkeys(host for host, _ in self.assigned.values()))
 
+    def of(self, group: str) -> list[str]:
+        """The group's nodes."""
+        parts = sorted(part for part in self.assigned if part[0] == group)
+        return [self.assigned[part][0] for part in parts]
+
+    def beside(self, group: str) -> list[str]:
+        """Nodes that are there and have no part in the group; the spares are among them."""
+        mine = self.of(group)
+        return [host for host in [*self.hosts, *self.spares] if host not in mine and host not in self.lost]
+
     def place(self, process: Process) -> Place:
         """InfrastructureError when its node is lost and nothing took its place."""
         host, component = self.assigned[process.group, process.node]
@@ -103,6 +113,13 @@ class Nodes:
             return 0
         names = [group.name for group in self.groups]
         return sum(group.gpus for group in self.groups[: names.index(name)])
+
+    def close_up(self, group: str) -> int:
+        """The group's nodes that are left become its first; how many they are."""
+        parts = sorted(part for part in self.assigned if part[0] == group)
+        holders = sorted((self.assigned[part] for part in parts), key=lambda holder: holder[0] in self.lost)
+        self.assigned |= dict(zip(parts, holders, strict=True))
+        return sum(host not in self.lost for host, _ in holders)
 
     def lose(self, host: str, reason: str) -> str | None:
         """Nothing runs on that node from now on; the spare that takes its part, if there is one."""

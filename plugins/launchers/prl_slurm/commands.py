@@ -77,6 +77,18 @@ def state(job: str) -> JobState:
     return JobState(**dict(zip(("state", "reason", "nodes", "start"), lines[0].split("|"), strict=True)))
 
 
+def part_of(job: str, host: str) -> list[str]:
+    """srun's options for a step on that host, from outside the job; none where the job does not run there."""
+    listed = _run(
+        ["squeue", "--noheader", f"--jobs={job}", "--states=RUNNING", "--format=%i %A %N"]
+    ).stdout.splitlines()
+    for number, identity, nodes in (words for line in listed if len(words := line.split()) == 3):
+        if host in hostnames(nodes):
+            leader, _, component = number.partition("+")
+            return [f"--jobid={leader}", f"--het-group={component}"] if component else [f"--jobid={identity}"]
+    return []
+
+
 def cancel(job: str) -> None:
     _run(["scancel", job])
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from prl.compose.plan import LaunchPlan
 from prl.errors import InfrastructureError, UserError
 from prl.run_dir import RunDir, read_json
 
-from prl_slurm import SlurmConfig, commands, script
+from prl_slurm import SlurmConfig, commands, disk, script, steps
 from prl_slurm.allocation import requests
 from prl_slurm.commands import GONE, JobState
 
@@ -47,7 +49,13 @@ class SlurmLauncher:
             raise UserError(f"launcher.container.image: there is no {container.image}")
         if self.config.venv and not Path(self.config.venv).is_absolute():
             raise UserError(f"launcher.venv: {self.config.venv!r} must be an absolute path: nodes start elsewhere")
+        if problem := disk.no_room(plan.run_dir.path, self.config.free_gb):
+            raise UserError(f"run.dir: {problem}")
         commands.test(script.job(plan, self.config))
+
+    def follows(self, run_dir: RunDir) -> bool:
+        """A job can wait for another job."""
+        return (read_json(run_dir.launch) or {}).get("launcher") == "slurm"
 
     def launch(self, plan: LaunchPlan) -> int:
         """Submit, and say what comes next."""
@@ -84,7 +92,7 @@ class SlurmLauncher:
 
     def remote(self, run_dir: RunDir) -> SlurmRun:
         """The run in the queue."""
-        return SlurmRun(run_dir, (read_json(run_dir.launch) or {})["job"])
+        return SlurmRun(run_dir, (read_json(run_dir.launch) or {})["job"], self.config)
 
 
 @attrs.define
@@ -93,6 +101,7 @@ class SlurmRun:
 
     run_dir: RunDir
     job: str
+    config: SlurmConfig
     _seen: JobState = GONE
     _asked: float = float("-inf")
 
@@ -127,3 +136,11 @@ class SlurmRun:
     def cancel(self) -> None:
         """End it now, whatever it is at."""
         commands.cancel(self.job)
+
+    def attach(self, process: str, host: str, arguments: Sequence[str]) -> int:
+        """A step of the job on that host, in the environment of node.sh and, where there is one, the container."""
+        part = commands.part_of(self.job, host)
+        if not part:
+            raise UserError(f"job {self.job} has {host} no more, where {process} was: prl status")
+        words = steps.interactive(part, self.config, self.run_dir.path, host, arguments, pty=sys.stdin.isatty())
+        return subprocess.call(words)

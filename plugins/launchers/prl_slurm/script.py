@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prl.compose.plan import LaunchPlan
 from prl.errors import UserError
+from prl.run_dir import RunDir, read_json
 
 from prl_slurm import SlurmConfig
 from prl_slurm.allocation import Request, requests
@@ -51,7 +52,8 @@ def array(plans: Sequence[LaunchPlan], config: SlurmConfig, folder: Path) -> str
 def _script(plan: LaunchPlan, config: SlurmConfig, folder: Path, log: str, run: str, *more: str) -> str:
     name = config.job_name or folder.name
     asked = requests(plan, config)
-    common = [*more, *_job_options(config, name, log, lone=sum(request.nodes for request in asked) == 1)]
+    lone = sum(request.nodes for request in asked) == 1
+    common = [*more, *_job_options(config, name, log, lone=lone), *_dependency(config, plan.after)]
     parts = ["\n".join(_lines([*_options(request, config), *common])) for request in asked]
     values = {
         "options": "\n#SBATCH hetjob\n".join(parts),
@@ -126,13 +128,20 @@ def _job_options(config: SlurmConfig, name: str, log: str, *, lone: bool) -> lis
         "exclude": config.exclude,
         "reservation": config.reservation,
         "time": config.time,
-        "dependency": config.dependency,
     }
     options = [f"--{key}={value}" for key, value in given.items() if value]
     # A lost node of several ends its own processes and no others; the log of a job that queues again goes on.
     lives = [] if lone else ["--no-kill"]
     lives += ["--requeue", "--open-mode=append", f"--signal=B:USR1@{config.cut_seconds}"]
     return [*options, f"--output={log}", f"--chdir={Path.cwd()}", *lives, *config.options]
+
+
+def _dependency(config: SlurmConfig, after: RunDir | None) -> list[str]:
+    """One that can never be met takes the job out of the queue, where the wait is for another run."""
+    if after is None:
+        return [f"--dependency={config.dependency}"] if config.dependency else []
+    finished = f"afterok:{(read_json(after.launch) or {})['job']}"
+    return [f"--dependency={','.join(filter(None, [config.dependency, finished]))}", "--kill-on-invalid-dep=yes"]
 
 
 # --- the user's own ---------------------------------------------------------------------------------------------------

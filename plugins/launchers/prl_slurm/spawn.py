@@ -1,7 +1,8 @@
 """On which node a process lives, and lives again: what `prl.supervise` is given to start processes with.
 
 A process whose node is gone moves to a spare. Without one, an engine or environment worker stays away and the run goes
-on with fewer; what starts an attempt must be whole, so there a missing node sends the job back into the queue.
+on with fewer, and the next attempt begins with fewer trainer nodes. Where [failures] or the mesh do not allow that, and
+where an attempt would begin without an engine's node, the job goes back into the queue.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ class Spawner:
         """NoNodeError where an attempt cannot begin."""
         attempt = max(self.run_dir.attempts(), default=1)
         if attempt != self._attempt:
-            self._look_at_all()
             self._attempt, self._alive = attempt, {}
         earlier = self._alive.get(process.name)
         if earlier is not None:
@@ -85,8 +85,13 @@ class Spawner:
             )
 
     # --- nodes --------------------------------------------------------------------------------------------------------
+    def trainer_nodes(self) -> int:
+        """How many there are for the next attempt; the plan's first ones are those."""
+        self._look_at_all()
+        return self.nodes.close_up("trainer")
+
     def _look_at_all(self) -> None:
-        """Before an attempt: those that are down, and those where something of the last attempt failed."""
+        """Those that are down, and those where something of the last attempt failed."""
         failed = [step.host for step in self._alive.values() if step.popen.poll()]
         for host in [*self.nodes.spares, *self.nodes.hosts]:
             if state := commands.down(host):

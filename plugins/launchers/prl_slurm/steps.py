@@ -24,6 +24,10 @@ SRUN = {"SLURM_EXIT_ERROR": str(InfrastructureError.exit_code)}
 """What srun itself could not do is no verdict of the process on the run."""
 
 
+_STEP = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--overlap", "--mem=0"]
+"""One task. It shares its node with the run's other steps: the plan has divided it already."""
+
+
 @attrs.frozen(kw_only=True)
 class Job:
     """The job this process runs in."""
@@ -146,8 +150,26 @@ def command(
     return [*_srun(job, name, place), *pyxis(config, run), *inner]
 
 
+def interactive(
+    part: Sequence[str], config: SlurmConfig, run: Path, host: str, arguments: Sequence[str], *, pty: bool
+) -> list[str]:
+    """The srun of a Python beside the run's processes, from outside the job, of which `part` says what to join.
+
+    `pty`: with a terminal of its own.
+    """
+    where = ["srun", *part, f"--nodelist={host}", *_STEP, "--job-name=attach", *(["--pty"] if pty else [])]
+    return [*where, *pyxis(config, run), "bash", str(run / "slurm" / "node.sh"), python(config), *arguments]
+
+
 def _srun(job: Job, name: str, place: Place) -> list[str]:
-    """A step of one task. It shares its node with the run's other steps: the plan has divided it already."""
-    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={place.host}", f"--job-name={name}"]
+    """A step of the job that this process runs in."""
     component = [f"--het-group={place.component}"] if job.heterogeneous else []
-    return ["srun", *component, *step, "--overlap", "--mem=0", "--export=ALL", "--input=none"]
+    return [
+        "srun",
+        *component,
+        *_STEP,
+        f"--nodelist={place.host}",
+        f"--job-name={name}",
+        "--export=ALL",
+        "--input=none",
+    ]

@@ -156,7 +156,9 @@ def routing(config: NemotronConfig) -> Routing:
 def limits(config: NemotronConfig, vocab_size: int) -> list[Limit]:
     """Over how many ranks it can be spread."""
     sizes = resolve(config, vocab_size)
-    found = [Limit(degree="tensor", of="attention heads", count=sizes.heads)] if "*" in sizes.pattern else []
+    found = []
+    if "*" in sizes.pattern:
+        found += [Limit(degree=degree, of="attention heads", count=sizes.heads) for degree in ("tensor", "heads")]
     if "M" in sizes.pattern:
         # Heads of a group share B and C: what is spread over ranks by heads is spread by groups.
         found.append(Limit(degree="tensor", of="groups of Mamba-2", count=sizes.mamba_groups))

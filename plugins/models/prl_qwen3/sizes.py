@@ -92,5 +92,6 @@ def limits(config: Qwen3Config, vocab_size: int) -> list[Limit]:
     sizes = resolve(config, vocab_size)
     return [
         Limit(degree="tensor", of="key and value heads", count=sizes.kv_heads),
+        Limit(degree="heads", of="attention heads", count=sizes.heads),
         Limit(degree="expert", of="experts", count=sizes.experts or 1, reason="" if sizes.experts else "it is dense"),
     ]

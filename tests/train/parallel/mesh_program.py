@@ -8,24 +8,36 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import attrs
+import numpy as np
 import torch
 import torch.distributed as dist
 from prl import checkpoint_dir
 from prl.blocks.sharded import full, local
+from prl.columns import ColumnFolder
 from prl.compose.config import TrainerSection
+from prl.compose.routing import Routing
+from prl.routes import store
 from prl.train import layers
 from prl.train.checkpoint import TrainerState
 from prl.train.layout import Layout
 from prl.train.parallel.ranks import Ranks
+from prl.train.routes import RouteReader
+from prl.types import Sample
 from prl_glm5 import Glm52Config
 from prl_glm5.network import build as glm5
+from prl_glm5.sizes import routing as glm5_routing
 from prl_kimi_k2 import KimiConfig
 from prl_kimi_k2.network import build as kimi_k2
+from prl_kimi_k2.sizes import routing as kimi_k2_routing
 from prl_nemotron3 import SuperConfig
 from prl_nemotron3.network import build as nemotron3
+from prl_nemotron3.sizes import routing as nemotron3_routing
+from prl_qwen3.network import build as qwen3
+from prl_qwen3.sizes import routing as qwen3_routing
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,6 +48,7 @@ from tests.train.tiny import (
     build_stepper,
     commit_checkpoint,
     pack_batch,
+    qwen3_config,
     random_samples,
     relative_difference,
 )
@@ -49,15 +62,27 @@ def exact_decays(model: nn.Module) -> nn.Module:
     return model
 
 
+KIMI = KimiConfig(layers=2, hidden_size=32, experts=6)  # of which four ranks hold rows
+GLM = Glm52Config(layers=4, hidden_size=32, experts=4, index_top_k=4)
+"""Selects 4 of up to 40 tokens; layers share the selection of earlier ones."""
+NEMOTRON = SuperConfig(hidden_size=32, experts=4, pattern="ME*ME")
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "qwen3": build_qwen3,
+    # Of which two ranks share a head of keys in the middle, and four need copies.
+    "qwen3": lambda: qwen3(attrs.evolve(qwen3_config(experts=0), heads=12, kv_heads=3), VOCAB),
     "qwen3_moe": lambda: build_qwen3(experts=4),
-    "kimi_k2": lambda: kimi_k2(KimiConfig(layers=2, hidden_size=32, experts=6), VOCAB),  # of which four ranks hold rows
-    # Selects 4 of up to 40 tokens; layers share the selection of earlier ones.
-    "glm5_2": lambda: glm5(Glm52Config(layers=4, hidden_size=32, experts=4, index_top_k=4), VOCAB),
-    "nemotron3": lambda: nemotron3(SuperConfig(hidden_size=32, experts=4, pattern="ME*ME"), VOCAB),
-    "nemotron3_exact": lambda: exact_decays(nemotron3(SuperConfig(hidden_size=32, experts=4, pattern="ME*ME"), VOCAB)),
+    "kimi_k2": lambda: kimi_k2(KIMI, VOCAB),
+    "glm5_2": lambda: glm5(GLM, VOCAB),
+    "nemotron3": lambda: nemotron3(NEMOTRON, VOCAB),
+    "nemotron3_exact": lambda: exact_decays(nemotron3(NEMOTRON, VOCAB)),
 }
+ROUTINGS: dict[str, Routing] = {
+    "qwen3_moe": qwen3_routing(qwen3_config(experts=4)),
+    "kimi_k2": kimi_k2_routing(KIMI),
+    "glm5_2": glm5_routing(GLM),
+    "nemotron3": nemotron3_routing(NEMOTRON),
+    "nemotron3_exact": nemotron3_routing(NEMOTRON),
+}
+"""Of families with experts: they are also trained with the routes of an engine that chose at random."""
 WAYS = {
     "none": TrainerSection(),
     "full": TrainerSection(activation_checkpointing="full"),
@@ -69,7 +94,7 @@ MESHES: dict[int, list[tuple[Layout, str]]] = {
         (Layout(replicate=2), "full"),
         (Layout(context=2), "selective"),
         (Layout(shard=2, expert=2), "full"),
-        (Layout(context=2, expert=2), "none"),
+        (Layout(context=2, expert=2, divides_heads=False), "none"),
     ],
     4: [
         (Layout(context=4, expert=2), "none"),
@@ -80,13 +105,15 @@ MESHES: dict[int, list[tuple[Layout, str]]] = {
 }
 
 
+REPLAYED = " replayed"
 SAVED_ON = Layout(shard=2, expert=2)
 
 
 def name(layout: Layout, way: str) -> str:
     axes = ("replicate", "shard", "context", "expert")
     divided = " ".join(f"{axis}{getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1)
-    return f"{divided} {way}"
+    gathers = " gather" * (layout.context > 1 and not layout.divides_heads)
+    return f"{divided}{gathers} {way}"
 
 
 def fits(family: str, layout: Layout) -> bool:
@@ -105,27 +132,76 @@ def recorder(model: nn.Module) -> GradientRecorder:
     return GradientRecorder([(key, p) for key, p in model.named_parameters() if p.requires_grad])
 
 
-def compare(family: str, layout: Layout, way: str, rank: int, device: torch.device) -> dict[str, object]:
+def routed(samples: Sequence[Sample], routing: Routing, folder: ColumnFolder) -> list[Sample]:
+    """The samples as an engine would bring them that sends tokens anywhere; of every third token it says nothing."""
+    draw = np.random.default_rng(9)
+    made = []
+    for index, sample in enumerate(samples):
+        shape = len(sample), len(routing.layers), routing.experts
+        experts = draw.random(shape).argsort(-1)[..., : routing.experts_per_token].astype(routing.dtype)
+        versions = np.where(np.arange(len(sample)) % 3 == 2, -1, 5).astype(np.int32)
+        columns = {"routes": experts, "route_versions": versions}
+        made.append(attrs.evolve(sample, large=store(columns, folder, opening=2, group_id=index, attempt=0)))
+    return made
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A family and a batch: what every mesh computes as one rank does."""
+
+    family: str
+    samples: Sequence[Sample]
+    routes: RouteReader | None
+    """Replayed, or None."""
+    device: torch.device
+
+    @classmethod
+    def of(cls, family: str, replay: bool, folder: Path, rank: int, device: torch.device) -> Job:
+        samples, routes = random_samples(6, seed=3, longest=40), None
+        if replay:
+            columns = ColumnFolder(folder / "columns" / f"{family} {rank}")
+            samples = routed(samples, ROUTINGS[family], columns)
+            routes = RouteReader(folder=columns, routing=ROUTINGS[family])
+        return cls(family=family, samples=samples, routes=routes, device=device)
+
+    def step(self, layout: Layout, way: str, rank: int) -> Step:
+        """One clipped step of this rank."""
+        ranks = Ranks.laid_out(rank, self.device, layout)
+        model = build(self.family, self.device)
+        layers.apply(model, WAYS[way])
+        ranks.shard(model)
+        parts = recorder(model)
+        batch = pack_batch(self.samples, ranks=layout.ranks, context=layout.context)
+        stepper = build_stepper(
+            model, parts, max_grad_norm=0.05, context=ranks.context, device=self.device, routes=self.routes
+        )
+        report = stepper.step(batch, batch.ranks[ranks.rank], 0.0)
+        held = sum(local(p).numel() for p in model.parameters())
+        return Step(gradients=parts.gradients, norm=report.values["grad_norm"], sums=dict(report.sums), held=held)
+
+
+@attrs.frozen(kw_only=True)
+class Step:
+    """What came of it."""
+
+    gradients: dict[str, torch.Tensor]
+    """Whole ones, clipped."""
+    norm: float
+    sums: dict[str, float]
+    held: int
+    """Elements of the parameters on this rank."""
+
+
+def compare(job: Job, alone: Step, layout: Layout, way: str, rank: int) -> dict[str, object]:
     """A step on this mesh beside the same step of one rank: clipped gradients, their norm, the sums of this rank."""
-    samples = random_samples(6, seed=3, longest=40)
-    alone, expected = build(family, device), pack_batch(samples)
-    whole = recorder(alone)
-    report = build_stepper(alone, whole, max_grad_norm=0.05, device=device).step(expected, expected.ranks[0], 0.0)
-    ranks = Ranks.laid_out(rank, device, layout)
-    model = build(family, device)
-    layers.apply(model, WAYS[way])
-    ranks.shard(model)
-    parts = recorder(model)
-    batch = pack_batch(samples, ranks=layout.ranks, context=layout.context)
-    stepper = build_stepper(model, parts, max_grad_norm=0.05, context=ranks.context, device=device)
-    seen = stepper.step(batch, batch.ranks[rank], 0.0)
+    seen = job.step(layout, way, rank)
     return {
-        "difference": relative_difference(parts.gradients, whole.gradients),
-        "grad_norm": [seen.values["grad_norm"], report.values["grad_norm"]],
-        "sums": dict(seen.sums),
-        "expected": dict(report.sums),
-        "held": sum(local(p).numel() for p in model.parameters()),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "difference": relative_difference(seen.gradients, alone.gradients),
+        "grad_norm": [seen.norm, alone.norm],
+        "sums": seen.sums,
+        "expected": alone.sums,
+        "held": seen.held,
+        "parameters": alone.held,
     }
 
 
@@ -194,15 +270,20 @@ def largest_difference(seen: dict[str, torch.Tensor], expected: dict[str, torch.
 
 
 def compare_all(folder: Path, rank: int, device: torch.device) -> None:
-    """Every family on every mesh of the world's size; what each rank found goes into a file."""
+    """Every family on every mesh of the world's size, without replay and with it; what each rank found goes into a
+    file."""
     for family in FAMILIES:
-        for layout, way in MESHES[dist.get_world_size()]:
-            if not fits(family, layout):
-                continue
-            found = compare(family, layout, way, rank, device)
-            (folder / f"{family} {name(layout, way)} {rank}.json").write_text(json.dumps(found))
-            if rank == 0:
-                print(f"{family:16} {name(layout, way):34} relative difference of gradients {found['difference']:.1e}")
+        for replay in (False, True)[: 2 if family in ROUTINGS else 1]:
+            job = Job.of(family, replay, folder, rank, device)
+            alone = job.step(Layout(), "none", 0)
+            for layout, way in MESHES[dist.get_world_size()]:
+                if not fits(family, layout):
+                    continue
+                found = compare(job, alone, layout, way, rank)
+                case = f"{family} {name(layout, way)}{REPLAYED * replay}"
+                (folder / f"{case} {rank}.json").write_text(json.dumps(found))
+                if rank == 0:
+                    print(f"{case:60} relative difference of gradients {found['difference']:.1e}")
 
 
 def main(folder: Path) -> None:

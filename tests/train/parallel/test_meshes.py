@@ -16,16 +16,27 @@ from prl.train.checkpoint import TrainerState
 from prl.train.layout import Layout
 from safetensors.torch import load_file
 
-from tests.train.parallel.mesh_program import FAMILIES, MESHES, SAVED_ON, fits, largest_difference, name, whole_state
+from tests.train.parallel.mesh_program import (
+    FAMILIES,
+    MESHES,
+    REPLAYED,
+    ROUTINGS,
+    SAVED_ON,
+    fits,
+    largest_difference,
+    name,
+    whole_state,
+)
 from tests.train.tiny import build_qwen3
 
 REPOSITORY = Path(__file__).parents[3]
 CASES = [
-    pytest.param(world, family, name(layout, way), id=f"{family} {name(layout, way)}")
+    pytest.param(world, family, name(layout, way) + replay, id=f"{family} {name(layout, way)}{replay}")
     for world, meshes in MESHES.items()
     for family in FAMILIES
     for layout, way in meshes
-    if fits(family, layout)
+    for replay in ("", REPLAYED)
+    if fits(family, layout) and (family in ROUTINGS or not replay)
 ]
 
 
@@ -53,6 +64,19 @@ def test_a_mesh_computes_what_one_rank_computes(found, world, family, mesh):
         for key, value in rank["sums"].items():
             sums[key] += value
     assert sums == pytest.approx(ranks[0]["expected"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ROUTINGS)
+def test_replayed_routes_are_others_than_the_routers_own(found, family):
+    """Else the replay of a mesh would be compared with nothing new."""
+    mesh = name(Layout(context=2), "selective")
+    own, replayed = (json.loads((found / f"{family} {mesh}{way} 0.json").read_text()) for way in ("", REPLAYED))
+    expected = replayed["expected"]
+    assert expected["routes/replayed"] > 0.6 * expected["routes/count"]
+    differ = [count for key, count in expected.items() if key.startswith("routes/differ/")]
+    assert len(differ) == len(ROUTINGS[family].layers)
+    assert min(differ) > 0.2 * expected["routes/replayed"]
+    assert replayed["grad_norm"] != own["grad_norm"]
 
 
 def test_ranks_hold_their_share_and_no_more(found):

@@ -26,11 +26,22 @@ class ContextGroup:
     index: int
     count: int
     group: ProcessGroup
+    divides_heads: bool = False
 
     def whole(self, x: Tensor) -> Tensor:
         """x [T, ...] of this rank -> [count * T, ...] of all ranks in order; gradients add up."""
         gathered: Tensor = _Gather.apply(x, self.group, self.count)  # type: ignore[no-untyped-call]
         return gathered
+
+    def by_heads(self, x: Tensor) -> Tensor:
+        """x [T, count * H, D] of this rank -> [count * T, H, D]: all tokens, and this rank's heads."""
+        exchanged: Tensor = _ToHeads.apply(x, self.group, self.count)  # type: ignore[no-untyped-call]
+        return exchanged
+
+    def by_tokens(self, x: Tensor) -> Tensor:
+        """[count * T, H, D] -> [T, count * H, D]"""
+        exchanged: Tensor = _ToTokens.apply(x, self.group, self.count)  # type: ignore[no-untyped-call]
+        return exchanged
 
     def columns(self, columns: Tensor) -> tuple[Tensor, slice]:
         """columns [N, C] of this rank, any N -> [sum of N, C] of all ranks in order, and where this rank's are."""
@@ -64,6 +75,44 @@ class _Gather(torch.autograd.Function):
         summed = grad.new_empty(grad.shape[0] // ctx.count, *grad.shape[1:])
         _reduce_scatter(summed, grad.contiguous(), group=ctx.group)
         return summed, None, None
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+        ctx.ranks = group, count
+        return _to_heads(x, group, count)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _to_tokens(grad, *ctx.ranks), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+        ctx.ranks = group, count
+        return _to_tokens(x, group, count)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _to_heads(grad, *ctx.ranks), None, None
+
+
+def _to_heads(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+    return _all_to_all(torch.unflatten(x, 1, (count, -1)).transpose(0, 1), group).flatten(0, 1)
+
+
+def _to_tokens(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+    return _all_to_all(torch.unflatten(x, 0, (count, -1)), group).transpose(0, 1).flatten(1, 2)
+
+
+def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x [ranks, ...] for each rank -> [ranks, ...] from each."""
+    sent = x.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received
 
 
 def _gather(x: Tensor, group: ProcessGroup, count: int) -> Tensor:

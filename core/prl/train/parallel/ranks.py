@@ -57,7 +57,12 @@ class Ranks:
         context: ContextGroup | None = None
         if layout.context > 1:
             _, index = layout.place(rank)
-            context = ContextGroup(index=index, count=layout.context, group=meshes.context.get_group())
+            context = ContextGroup(
+                index=index,
+                count=layout.context,
+                group=meshes.context.get_group(),
+                divides_heads=layout.divides_heads,
+            )
         return cls(rank=rank, device=device, layout=layout, meshes=meshes, context=context)
 
     @property
