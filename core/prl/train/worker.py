@@ -243,7 +243,9 @@ def _build_model(
     return model
 
 
-def _throughput(composition: Composition, ranks: Ranks, vocab_size: int, number_format: NumberFormat) -> Throughput:
+def _throughput(
+    composition: Composition, ranks: Ranks, vocab_size: int, number_format: NumberFormat
+) -> Throughput:
     """Counts by a model without data, because parts of the real one may be elsewhere."""
     build = functools.partial(composition.build, composition.run.model, vocab_size)
     surveyed = survey(build, device="cuda", dtype=number_format.train_dtype)
