@@ -155,7 +155,7 @@ def main() -> None:
             reference = reference or answers
             results.append(result)
             print(json.dumps(attrs.asdict(result)), flush=True)
-    chosen.out.write_text(json.dumps([attrs.asdict(result) for result in results], indent=1) + "\n")
+            chosen.out.write_text(json.dumps([attrs.asdict(result) for result in results], indent=1) + "\n")
 
 
 if __name__ == "__main__":
