@@ -1,26 +1,26 @@
 """The run directory: everything a run is lies in one folder.
 
-    run.toml            resolved config; `prl launch <dir>/run.toml` repeats the run
-    plugins.lock        plugins, versions and source digests every process must see
-    token               the run's secret (mode 0600): every endpoint asks for it
-    controller.json     where the controller listens
-    rendezvous.json     where the store of a trainer on several nodes listens
-    resume.json         from the second attempt on: which of its checkpoints it goes on from, on how many trainer nodes
-    chain.json          which run it follows, where it was launched after one
-    launch.json         which launcher keeps the run, and what it calls it, where one took it over (slurm)
-    processes.json      what the launcher started: role, index, pid, host, log
-    state.json          status, step, version, last error: rewritten as the run goes
-    failures.jsonl      every process that died or hung, and what was done about it
-    beats/              signs of life, one file per process
-    stop                present when the run was asked to stop
-    logs/attempt-N/     one file per process
-    metrics.jsonl       one line per step and per evaluation
-    rollouts.jsonl      one line per trained rollout
-    columns/            columns too large for a message, until they are trained
-    ledger.sqlite       every prompt, batch, version and failure (`prl audit`, `prl explain`)
-    events/             the event log: what arrived and when, one file per launch (`prl replay`)
-    replay/             where `prl replay` works; a run directory of its own
-    checkpoints/step-N/
+run.toml            resolved config; `prl launch <dir>/run.toml` repeats the run
+plugins.lock        plugins, versions and source digests every process must see
+token               the run's secret (mode 0600): every endpoint asks for it
+controller.json     where the controller listens
+rendezvous.json     where the store of a trainer on several nodes listens
+resume.json         from the second attempt on: which of its checkpoints it goes on from, on how many trainer nodes
+chain.json          which run it follows, where it was launched after one
+launch.json         which launcher keeps the run, and what it calls it, where one took it over (slurm)
+processes.json      what the launcher started: role, index, pid, host, log
+state.json          status, step, version, last error: rewritten as the run goes
+failures.jsonl      every process that died or hung, and what was done about it
+beats/              signs of life, one file per process
+stop                present when the run was asked to stop
+logs/attempt-N/     one file per process
+metrics.jsonl       one line per step and per evaluation
+rollouts.jsonl      one line per trained rollout
+columns/            columns too large for a message, until they are trained
+ledger.sqlite       every prompt, batch, version and failure (`prl audit`, `prl explain`)
+events/             the event log: what arrived and when, one file per launch (`prl replay`)
+replay/             where `prl replay` works; a run directory of its own
+checkpoints/step-N/
 """
 
 from __future__ import annotations

@@ -64,6 +64,19 @@ def test_groups_go_to_the_engine_with_the_fewest_rollouts():
     asyncio.run(body())
 
 
+def test_engines_for_prompts_are_given_no_groups():
+    async def body() -> None:
+        engines = pool(FakeEngine(), FakeEngine())
+        engines.engines[0].kind = "prefill"
+        engines.engines[1].attempts |= {attempt(4)}
+        assert (await engines.choose()).index == 1
+        engines.engines[1].attempts.clear()
+        engines.evict(engines.engines[1], "broken")
+        assert (engines.serving, engines.sampling) == ([engines.engines[0]], [])
+
+    asyncio.run(body())
+
+
 def test_choosing_waits_until_an_engine_serves():
     async def body() -> None:
         engines = pool(FakeEngine())

@@ -182,51 +182,65 @@ def k3(gaps: np.ndarray) -> float:
 @contextmanager
 def serving(folder: Path, *edits: str, plugins: str = "vllm") -> Iterator[Served]:
     """Engine 0 of a run whose engine is vLLM; no version is published yet."""
+    with fleet(folder, *edits, plugins=plugins) as (served, *_):
+        yield served
+
+
+@contextmanager
+def fleet(folder: Path, *edits: str, plugins: str = "vllm") -> Iterator[list[Served]]:
+    """Every engine of such a run; they share what publishes, and each is told of a version by itself."""
     overrides = [f'run.dir="{folder}"', 'engine.type="vllm"', "engine.sequences=16", *edits]
     composition = compose(CONFIG, plugins=plugins, overrides=overrides)
     run_dir = create_run(composition, CONFIG)
     trainer = Trainer(composition, run_dir)
     background = Background()
     hub = Hub(run_dir)
+    count = composition.run.engine.count
 
     async def up() -> tuple[Any, ...]:
         await hub.__aenter__()
         serving = asyncio.create_task(hub.serve())
-        engine = asyncio.create_task(asyncio.to_thread(main, composition, run_dir, 0))
-        hello = asyncio.create_task(hub.hello("engine", 0))
-        await asyncio.wait({engine, hello}, timeout=STARTUP, return_when=asyncio.FIRST_COMPLETED)
-        if not hello.done():
-            raise engine.exception() or AssertionError("the engine did not start")
-        return serving, engine, *hello.result()
+        engines = [asyncio.create_task(asyncio.to_thread(main, composition, run_dir, i)) for i in range(count)]
+        hellos = [asyncio.create_task(hub.hello("engine", i)) for i in range(count)]
+        for engine, hello in zip(engines, hellos, strict=True):
+            await asyncio.wait({engine, hello}, timeout=STARTUP, return_when=asyncio.FIRST_COMPLETED)
+            if not hello.done():
+                raise engine.exception() or AssertionError("the engine did not start")
+        return serving, engines, [hello.result() for hello in hellos]
 
-    tasks, engine, peer, hello = background.run(up(), timeout=STARTUP + 10)
-    client = composition.load(composition.provider(composition.run.engine).connect)(hello.url, run_dir.token())  # type: ignore[attr-defined]
+    tasks, engines, present = background.run(up(), timeout=STARTUP + 10)
+    connect = composition.load(composition.provider(composition.run.engine).connect)  # type: ignore[attr-defined]
+    clients = [connect(hello.url, run_dir.token()) for _, hello in present]
 
-    async def stop() -> int:
-        if not engine.done():
-            await hub.send(peer, Stop())
-        return int(await engine)
+    async def stop(index: int) -> int:
+        if not engines[index].done():
+            await hub.send(present[index][0], Stop())
+        return int(await engines[index])
 
-    async def end() -> int:
-        return int(await engine)
+    async def end(index: int) -> int:
+        return int(await engines[index])
 
     async def down() -> None:
-        await asyncio.wait({engine, asyncio.create_task(stop())}, timeout=60)
-        await client.aclose()
+        await asyncio.wait([*engines, *(asyncio.create_task(stop(i)) for i in range(count))], timeout=60)
+        for client in clients:
+            await client.aclose()
         tasks.cancel()
         await asyncio.gather(tasks, return_exceptions=True)
         await hub.__aexit__(None, None, None)
 
     try:
-        yield Served(
-            background=background,
-            client=client,
-            trainer=trainer,
-            url=hello.url,
-            token=run_dir.token(),
-            stopped=lambda: background.run(stop()),
-            ended=lambda: background.run(end()),
-        )
+        yield [
+            Served(
+                background=background,
+                client=clients[index],
+                trainer=trainer,
+                url=present[index][1].url,
+                token=run_dir.token(),
+                stopped=lambda index=index: background.run(stop(index)),  # type: ignore[misc]
+                ended=lambda index=index: background.run(end(index)),  # type: ignore[misc]
+            )
+            for index in range(count)
+        ]
     finally:
         background.run(down())
         background.close()

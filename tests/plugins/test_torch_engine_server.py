@@ -69,7 +69,7 @@ def test_nothing_is_generated_before_the_first_weights(tmp_path: Path) -> None:
 def test_statistics_are_those_of_every_engine(tmp_path: Path) -> None:
     async def test(engine: Served) -> None:
         idle = await engine.client.statistics()
-        assert idle.keys() == STATISTICS.keys()
+        assert idle.keys() <= STATISTICS.keys()
         assert (idle["sequences"], idle["length"], idle["kv_tokens"]) == (8, 256, 8 * 256)
         assert (idle["kv_usage"], idle["preemptions"]) == (0, 0)
         asking = asyncio.ensure_future(engine.client.generate(PROMPT, Sampling(max_tokens=200), stop=[], n=2))

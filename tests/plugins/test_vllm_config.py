@@ -12,7 +12,7 @@ from prl.compose.compose import Composition, compose
 from prl.compose.plan import plan
 from prl.errors import ConfigError
 from prl.run_dir import RunDir
-from prl_vllm import release, spanning
+from prl_vllm import release, rules, spanning
 from prl_vllm.arguments import arguments, command_line, environment
 from prl_vllm.config import VllmConfig
 from prl_vllm.spanning import Meeting
@@ -139,18 +139,77 @@ GPUS = ('trainer.device="cuda"',)
         ),
         (('engine.kv_tiers.disk="kv"',), "set engine.kv_tiers.host_bytes too"),
         (("engine.kv_tiers.host_bytes=1024", "engine.prefix_caching=false"), "needs engine.prefix_caching = true"),
+        (("engine.prefill.count=2", "engine.count=2"), "leaves none to decode; raise engine.count"),
+        (
+            ("engine.prefill.count=1", "engine.count=2", "engine.prefix_caching=false"),
+            "engine.prefill needs engine.prefix_caching = true",
+        ),
+        (
+            ("engine.prefill.count=1", "engine.count=2", 'engine.servers=["http://a:1", "http://b:1"]'),
+            "engine.prefill needs servers that the run starts",
+        ),
     ],
 )
 def test_rules_between_parallelism_and_tiers(
     monkeypatch: pytest.MonkeyPatch, edits: tuple[str, ...], sentence: str
 ) -> None:
     monkeypatch.setattr(release, "cpu_build", lambda: False)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "deep_ep" else True)
     assert sentence in refusal(*GPUS, *edits)
 
 
-@pytest.mark.parametrize(
-    "edit", ["engine.fp8.weights=true", "engine.fp8.kv_cache=true", "engine.kv_tiers.host_bytes=9"]
-)
+def test_engines_for_prompts_need_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    sentence = refusal("engine.count=2", "engine.prefill.count=1")
+    assert sentence.startswith("engine.prefill needs NIXL (module nixl), which is not installed here; pip install")
+
+
+def test_engines_for_prompts_are_a_kind_in_the_launch_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: True)
+    composition = composed("engine.count=3", "engine.prefill.count=1")
+    engines = [p for p in plan(composition, RunDir(tmp_path)).processes if p.role == "engine"]
+    assert [(engine.index, engine.kind) for engine in engines] == [(0, "prefill"), (1, "decode"), (2, "decode")]
+    assert [composed("engine.count=2").run.engine.kind_of(index) for index in (0, 1)] == ["", ""]
+
+
+def test_engines_that_hand_over_and_have_tiers_have_both_connectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: True)
+    tiers = ("engine.kv_tiers.host_bytes=4096", 'engine.kv_tiers.disk="kv"')
+    run = composed("engine.count=2", "engine.prefill.count=1", "engine.prefill.patience=20", *tiers).run
+    assert isinstance(run.engine, VllmConfig)
+    values = arguments(run, run.engine, DENSE, model=Path("m"), cpu=True, route_bytes=8, identity="name")
+    assert values["kv_transfer_config"] == {
+        "kv_connector": "MultiConnector",
+        "kv_connector_extra_config": {
+            "connectors": [
+                {
+                    "kv_connector": "NixlConnector",
+                    "kv_role": "kv_both",
+                    "kv_buffer_device": "cpu",
+                    "kv_connector_extra_config": {"kv_lease_duration": 41},
+                },
+                {
+                    "kv_connector": "OffloadingConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {
+                        "cpu_bytes_to_use": 4096,
+                        "spec_name": "TieringOffloadingSpec",
+                        "secondary_tiers": [{"type": "fs", "root_dir": "kv"}],
+                        "prl_route_bytes": 8,
+                    },
+                },
+            ]
+        },
+        "kv_role": "kv_both",
+        "engine_id": "name",
+        "kv_load_failure_policy": "recompute",
+    }
+    variables = environment(run.engine, cpu=True, exchange=("10.0.0.1", 5600))
+    assert variables["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1"
+    assert variables["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5600"
+
+
+@pytest.mark.parametrize("edit", ["engine.fp8.weights=true", "engine.fp8.kv_cache=true"])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(edit: str) -> None:
     assert "needs a GPU" in refusal('trainer.device="cpu"', edit)
 

@@ -20,6 +20,8 @@ WITHOUT = {
     "experts_after_update": 0.1,
     "experts_without_gate": "NotImplementedError: is_act_and_mul=False",
     "expert_map": "ended by signal",
+    "tiers": "Exception: CPU Offloading is currently only supported",
+    "processors": 0.5,
 }
 """What happens without each: at least so large a deviation, or an end that begins with these words."""
 

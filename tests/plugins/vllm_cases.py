@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -182,8 +183,32 @@ def expert_map(folder: Path) -> float:
     return float((output - expected).abs().max())
 
 
+def tiers(folder: Path) -> float:
+    from vllm.config import KVTransferConfig
+
+    kept = {"cpu_bytes_to_use": 8 << 20}
+    offloading = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=kept)
+    model = Model(folder, "model.layers=1", kv_transfer_config=offloading)
+    model.load(seed=1)
+    return model.deviation()
+
+
+def processors(folder: Path) -> float:
+    """Processors that are lost to this thread."""
+    from vllm.config import KVTransferConfig
+
+    with socket.socket() as found:
+        found.bind(("", 0))
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(found.getsockname()[1])
+    nixl = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", kv_buffer_device="cpu")
+    before = os.sched_getaffinity(0)
+    Model(folder, "model.layers=1", kv_transfer_config=nixl)
+    return float(len(before - os.sched_getaffinity(0)))
+
+
 CASES: dict[str, Callable[[Path], float]] = {
-    case.__name__: case for case in (rope, seeded_prefill, experts_after_update, experts_without_gate, expert_map)
+    case.__name__: case
+    for case in (rope, seeded_prefill, experts_after_update, experts_without_gate, expert_map, tiers, processors)
 }
 
 

@@ -33,9 +33,7 @@ def talking(test: Callable[[HttpEngineClient, str], Awaitable[None]]) -> None:
             announced.set_result(url)
 
         fields: dict[str, Any] = {"run_dir": None, "receiver": None, "index": 0}
-        context = EngineContext(
-            composition=composition, host="127.0.0.1", token=TOKEN, announce=announce, **fields
-        )
+        context = EngineContext(composition=composition, host="127.0.0.1", token=TOKEN, announce=announce, **fields)
         serving = asyncio.create_task(serve(context))
         client = connect(await announced, TOKEN)
         try:

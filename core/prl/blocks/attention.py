@@ -73,8 +73,8 @@ class GroupedQueryAttention(nn.Module):
         heads = (q, k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1))
         parts = [torch.unflatten(x, 1, (shard.count, -1)) for x in heads]  # [T, ranks, heads of one, D]
         of_all = shard.by_heads(torch.cat(parts, 2).flatten(1, 2))
-        mine = torch.split(of_all, [part.shape[2] for part in parts], 1)
-        return shard.by_tokens(attend(*mine, context.whole, scale=self.head_dim**-0.5))
+        q, k, v = torch.split(of_all, [part.shape[2] for part in parts], 1)
+        return shard.by_tokens(attend(q, k, v, context.whole, scale=self.head_dim**-0.5))
 
     def _divides_heads(self, shard: SequenceShard) -> bool:
         return shard.divides_heads and self.heads % shard.count == 0

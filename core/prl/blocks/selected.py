@@ -100,7 +100,7 @@ def _fetched(x: Tensor, places: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """x [S, c, H, D] -> [S * c, G, H / G, D]"""
-    return x.flatten(0, 1).unflatten(1, (k.shape[2], -1))
+    return torch.unflatten(x.flatten(0, 1), 1, (k.shape[2], -1))
 
 
 def _weights(queries: Tensor, keys: Tensor, seen: Tensor, scale: float) -> Tensor:

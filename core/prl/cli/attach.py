@@ -51,4 +51,3 @@ def _meant(run: str | None, process: str | None) -> tuple[RunDir, str]:
     if run and process is None and not is_run(run):
         return find_run(None), run
     return find_run(run), process or DEFAULT
-

@@ -72,7 +72,7 @@ class Dispatcher:
         async with asyncio.TaskGroup() as groups:
             while True:
                 await self.ledger.room()
-                await self.progress.change.until(lambda: bool(self.engines.serving) and self.capacity() > 0)
+                await self.progress.change.until(lambda: bool(self.engines.sampling) and self.capacity() > 0)
                 groups.create_task(self._roll(self.start()))
                 await asyncio.sleep(0)  # a step's groups may start at once, and must not hold up the other loops
 

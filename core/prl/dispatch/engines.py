@@ -54,6 +54,8 @@ class Engine:
     index: int
     url: str
     client: EngineClient
+    kind: str = ""
+    """`prefill`: it computes prompts for the others, who ask it themselves; it is given weights, but no groups."""
     version: int = -1
     """Newest version it has committed; -1 before the first."""
     serving: bool = False
@@ -106,10 +108,15 @@ class EnginePool:
     def serving(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.serving]
 
+    @property
+    def sampling(self) -> list[Engine]:
+        """Those that serve and are given groups."""
+        return [engine for engine in self.serving if engine.kind != "prefill"]
+
     async def choose(self) -> Engine:
-        """The serving engine with the fewest rollouts; waits until one serves."""
-        await self.change.until(lambda: bool(self.serving))
-        return min(self.serving, key=lambda engine: (engine.rollouts, engine.index))
+        """The engine with the fewest rollouts among those that sample; waits until there is one."""
+        await self.change.until(lambda: bool(self.sampling))
+        return min(self.sampling, key=lambda engine: (engine.rollouts, engine.index))
 
     def evict(self, engine: Engine, reason: str) -> None:
         if engine.serving:

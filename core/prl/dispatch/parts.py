@@ -165,7 +165,8 @@ class Assembly:
     # --- engines and environments ----------------------------------------------------------------------------------
     def _engines(self) -> Iterator[Engine]:
         for index, (_, hello) in enumerate(self.workers["engine"]):
-            yield Engine(index=index, url=hello.url, client=self._connect(hello.url))
+            kind = self.composition.run.engine.kind_of(index)
+            yield Engine(index=index, url=hello.url, client=self._connect(hello.url), kind=kind)
 
     def _connect(self, url: str) -> EngineClient:
         provider = self.composition.provider(self.composition.run.engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from prl.compose.config import Run
 from prl.plan.layout import AXES, parsed
@@ -13,10 +14,11 @@ from prl.train.layout import Layout
 
 def layout_of(run: Run, given: Sequence[str]) -> Layout:
     """Of `[trainer]`, with `axis=degree` from the command line; `shard` takes the ranks that are left."""
-    degrees: dict[str, int] = {axis: getattr(run.trainer, axis) for axis in AXES}
+    degrees: dict[str, Any] = {axis: getattr(run.trainer, axis) for axis in AXES}
     degrees |= {axis: values[0] for text in given for axis, values in parsed(text).items()}
     left = max(1, run.trainer.ranks // (degrees["replicate"] * degrees["context"]))
-    return Layout(**{**degrees, "shard": degrees["shard"] or left})
+    degrees["shard"] = degrees["shard"] or left
+    return Layout(**degrees, divides_heads=run.trainer.context_attention != "gather")
 
 
 def checkpointing_of(run: Run, given: str | None) -> Checkpointing:

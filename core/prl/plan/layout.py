@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -66,7 +67,8 @@ def combinations(base: Layout, ranks: int, axes: Mapping[str, Sequence[int]]) ->
     """Every combination of the given degrees; what is not given is the base's, and `shard` takes the ranks left."""
     layouts = []
     for values in itertools.product(*axes.values()):
-        layout = attrs.evolve(base, **dict(zip(axes, values, strict=True)))
+        degrees: dict[str, Any] = dict(zip(axes, values, strict=True))
+        layout = attrs.evolve(base, **degrees)
         if "shard" not in axes:
             layout = attrs.evolve(layout, shard=max(1, ranks // (layout.replicate * layout.context)))
         layouts.append(layout)

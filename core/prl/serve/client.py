@@ -13,7 +13,7 @@ import aiohttp
 import attrs
 
 from prl.errors import InfrastructureError
-from prl.serve.columns import MEDIA_TYPE, unpack
+from prl.serve.columns import MEDIA_TYPE, Completions, unpack
 from prl.serve.refusal import sentence_in
 from prl.types import Completion, Manifest, Sampling
 
@@ -45,7 +45,7 @@ class HttpEngineClient:
             "routes_from": routes_from,
         }
         answer = await self._request("POST", "/inference/v1/generate", body, accept=MEDIA_TYPE)
-        return list(unpack(answer).completions)
+        return list(unpack(answer, Completions).completions)
 
     async def prepare(self, manifest: Manifest) -> None:
         await self._request("POST", "/weights/prepare", attrs.asdict(manifest))

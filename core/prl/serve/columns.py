@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import attrs
 
 from prl import wire
 from prl.types import Completion
+
+T = TypeVar("T")
 
 MEDIA_TYPE = "application/x-prl-columns"
 """A generate request with this in its `Accept` header is answered in columns."""
@@ -30,15 +33,16 @@ class Completions:
     reused_tokens: int
 
 
-def pack(message: Completions) -> bytes:
+def pack(message: Any) -> bytes:
+    """A message of `prl.wire` as one body."""
     frames = wire.encode(message)
     sizes = [memoryview(frame).nbytes for frame in frames]
     return b"".join([struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes), *frames])
 
 
-def unpack(body: bytes) -> Completions:
+def unpack(body: bytes, kind: type[T]) -> T:
     """The inverse of `pack`; WireError when the body is something else."""
-    message: Completions = wire.decode(_frames(body), (Completions,))
+    message: T = wire.decode(_frames(body), (kind,))
     return message
 
 

@@ -16,9 +16,17 @@ STATISTICS = {
     "generated_tokens": ("counter", "tokens sampled"),
     "prompt_tokens": ("counter", "tokens of prompts"),
     "prefix_hit_tokens": ("counter", "tokens of prompts found in the cache"),
+    "outside_hit_tokens": ("counter", "tokens of prompts found behind the cache, or in another engine"),
+    "handed_tokens": ("counter", "tokens of prompts that another engine computed"),
+    "fetched_bytes": ("counter", "keys and values fetched from other engines"),
+    "host_written_bytes": ("counter", "keys and values written to host memory"),
+    "host_read_bytes": ("counter", "keys and values read from host memory"),
+    "disk_written_bytes": ("counter", "keys and values written to disk"),
+    "disk_read_bytes": ("counter", "keys and values read from disk"),
     "busy_seconds": ("counter", "seconds in which the model computed"),
     "version": ("gauge", "policy version being served"),
     "updates": ("counter", "weight updates"),
+    "update_seconds": ("counter", "seconds in which nothing was computed for them"),
 }
 """Name -> kind and meaning; what `Engine.statistics` answers."""
 

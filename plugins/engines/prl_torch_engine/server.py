@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prl.compose.config import Run
     from prl.weights.engines import EngineContext
 
+
 async def serve(context: EngineContext) -> None:
     """Announce the engine once it listens, and serve until cancelled or until the model fails."""
     run = context.composition.run

@@ -43,6 +43,8 @@ class Ask:
     """Served when it was sent."""
     routes_from: int | None = None
     """The first token whose routes are wanted; None: none are."""
+    kv_transfer: Mapping[str, Any] | None = None
+    """What vLLM's connectors are told: whose keys and values to fetch, or that they will be fetched from here."""
 
 
 @attrs.frozen(kw_only=True)
@@ -51,6 +53,8 @@ class Answer:
     """Versions are -1 on releases that do not tell them."""
     prompt_tokens: int
     reused_tokens: int
+    kv_transfer: Mapping[str, Any] | None = None
+    """What the server is told that fetches the keys and values of this prompt."""
 
 
 class RefusedByVllmError(InfrastructureError):
@@ -77,6 +81,7 @@ class VllmApi:
             completions=tuple(_completion(choice, ask) for choice in choices),
             prompt_tokens=usage["prompt_tokens"],
             reused_tokens=details.get("cached_tokens") or 0,
+            kv_transfer=answer.get("kv_transfer_params"),
         )
 
     async def stream(self, ask: Ask, tell: Callable[[int, Int32], None]) -> Answer:
@@ -209,6 +214,7 @@ def _generate_body(ask: Ask) -> dict[str, Any]:
         "request_id": ask.request_id,
         "token_ids": list(ask.prompt),
         "cache_salt": ask.salt,
+        **({"kv_transfer_params": dict(ask.kv_transfer)} if ask.kv_transfer is not None else {}),
         "sampling_params": {
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from prl.compose.config import Run
 
 from prl_vllm import release
-from prl_vllm.config import KvTiers, Parallel, VllmConfig
-from prl_vllm.inside import ROUTES, SWITCH
+from prl_vllm.config import KvTiers, Parallel, Prefill, VllmConfig
+from prl_vllm.inside import ROUTE_BYTES, ROUTES, SWITCH, TIERS
 
 CPU_KV_CACHE_BYTES = 256 << 20
 EXTENSION = "prl_vllm.inside.worker.Extension"
@@ -31,11 +31,19 @@ class ServedModel(Protocol):
 
 
 def arguments(
-    run: Run, config: VllmConfig, served: ServedModel, *, model: Path, cpu: bool, routes: bool = False
+    run: Run,
+    config: VllmConfig,
+    served: ServedModel,
+    *,
+    model: Path,
+    cpu: bool,
+    route_bytes: int = 0,
+    identity: str = "",
 ) -> dict[str, Any]:
     """Python name -> value of every argument but the address; `engine.options` may override defaults, not decisions.
 
-    `routes`: expert choices are reported.
+    `route_bytes`: of the expert choices of one token; 0 where they are not reported. `identity`: what vLLM calls this
+    server where it shares keys and values.
     """
     kv_cache = config.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else 0)
     return {
@@ -43,10 +51,10 @@ def arguments(
         # On processors with AMX vLLM prefers a kernel that computes in bfloat16 alone, whatever the dtype.
         **({"attention_backend": "CPU_MLA"} if cpu and served.latent and served.dtype == "float32" else {}),
         **_parallel(config.parallel),
-        **_kv_tiers(config.kv_tiers),
+        **_kv_transfer(config, cpu=cpu, route_bytes=route_bytes, identity=identity),
         **({"quantization": "fp8"} if config.fp8.weights else {}),
         **({"kv_cache_dtype": "fp8"} if config.fp8.kv_cache else {}),
-        **({"enable_return_routed_experts": True} if routes and not cpu else {}),
+        **({"enable_return_routed_experts": True} if route_bytes and not cpu else {}),
         **config.options,
         "model": str(model),
         "load_format": "dummy",  # the first version is published before anything is generated
@@ -76,14 +84,35 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _kv_tiers(tiers: KvTiers) -> dict[str, Any]:
-    if not tiers.host_bytes:
+def _kv_transfer(config: VllmConfig, *, cpu: bool, route_bytes: int, identity: str) -> dict[str, Any]:
+    """Where keys and values go, and come from. What cannot be had from there is computed."""
+    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, route_bytes if cpu else 0)]
+    if not connectors:
         return {}
+    several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
+    chosen = connectors[0] if len(connectors) == 1 else several
+    common = {"kv_role": "kv_both", "engine_id": identity, "kv_load_failure_policy": "recompute"}
+    return {"kv_transfer_config": {**chosen, **common}}
+
+
+def _hand_over(prefill: Prefill, *, cpu: bool) -> Iterator[dict[str, Any]]:
+    if prefill.count:
+        # What nobody fetched within the lease is forgotten; until then nothing else may be written there.
+        lease = {"kv_lease_duration": round(2 * prefill.patience) + 1}
+        device = {"kv_buffer_device": "cpu"} if cpu else {}
+        nixl = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        yield {**nixl, **device, "kv_connector_extra_config": lease}
+
+
+def _kv_tiers(tiers: KvTiers, route_bytes: int) -> Iterator[dict[str, Any]]:
+    if not tiers.host_bytes:
+        return
     extra: dict[str, Any] = {"cpu_bytes_to_use": tiers.host_bytes}
     if tiers.disk:
         extra |= {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": tiers.disk}]}
-    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    return {"kv_transfer_config": connector}
+    if route_bytes:
+        extra |= {ROUTE_BYTES: route_bytes}
+    yield {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
 def command_line(values: Mapping[str, Any]) -> Iterator[str]:
@@ -99,8 +128,13 @@ def command_line(values: Mapping[str, Any]) -> Iterator[str]:
             yield value if isinstance(value, str) else json.dumps(value)
 
 
-def environment(config: VllmConfig, *, cpu: bool, routes: bool = False) -> dict[str, str]:
-    """What is added to the environment of vLLM's processes."""
+def environment(
+    config: VllmConfig, *, cpu: bool, routes: bool = False, exchange: tuple[str, int] | None = None
+) -> dict[str, str]:
+    """What is added to the environment of vLLM's processes.
+
+    `exchange`: address and port at which other servers learn where the keys and values of this one are.
+    """
     # Threads that spin while they wait for each other take the cores from those they wait for.
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "passive"}
     return {
@@ -111,6 +145,12 @@ def environment(config: VllmConfig, *, cpu: bool, routes: bool = False) -> dict[
         **({**threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpu else {}),
         **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
         **({ROUTES: "1"} if routes else {}),
+        **({TIERS: "1"} if config.kv_tiers.host_bytes else {}),
+        **(
+            {"VLLM_NIXL_SIDE_CHANNEL_HOST": exchange[0], "VLLM_NIXL_SIDE_CHANNEL_PORT": str(exchange[1])}
+            if exchange
+            else {}
+        ),
         **config.environment,
     }
 

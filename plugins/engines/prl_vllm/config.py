@@ -38,11 +38,25 @@ class Parallel:
 
 
 @attrs.frozen(kw_only=True)
+class Prefill:
+    """`[engine.prefill]`: engines that compute prompts for the others, which then only decode. NIXL joins them."""
+
+    count: int = option(
+        0, help="how many of engine.count; 0: every engine computes its own prompts", validator=not_negative
+    )
+    patience: float = option(
+        60.0,
+        help="seconds a prompt may take there; then the engine that decodes computes it itself",
+        validator=positive,
+    )
+
+
+@attrs.frozen(kw_only=True)
 class KvTiers:
     """`[engine.kv_tiers]`: where keys and values go that the devices have no room for."""
 
-    host_bytes: int = option(0, help="host memory for them; 0: none", validator=not_negative)
-    disk: str = option("", help="folder behind the host memory; empty: none")
+    host_bytes: int = option(0, help="host memory of one engine for them; 0: none", validator=not_negative)
+    disk: str = option("", help="folder behind the host memory, which engines may share; empty: none")
 
 
 @attrs.frozen(kw_only=True)
@@ -84,6 +98,7 @@ class VllmConfig(EngineConfig):
         True, help="prompts reuse what others computed under the same policy version, where the model allows it"
     )
     parallel: Parallel = option(attrs.Factory(Parallel), help="devices of one engine")
+    prefill: Prefill = option(attrs.Factory(Prefill), help="engines for prompts alone")
     kv_tiers: KvTiers = option(attrs.Factory(KvTiers), help="room for keys and values beyond the devices'")
     fp8: Fp8 = option(attrs.Factory(Fp8), help="8-bit serving")
     options: Mapping[str, Any] = option(
@@ -110,3 +125,9 @@ class VllmConfig(EngineConfig):
         local = self.parallel.local
         first = node * local
         return f"data ranks {first}-{first + local - 1} of {self.parallel.data}"
+
+    def kind_of(self, index: int) -> str:
+        """The first `prefill.count` engines compute prompts, the others decode."""
+        if not self.prefill.count:
+            return ""
+        return "prefill" if index < self.prefill.count else "decode"

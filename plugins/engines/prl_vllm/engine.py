@@ -1,7 +1,8 @@
 """The engine as the endpoints see it: requests to vLLM under the version being served, and new versions into vLLM.
 
-    request ──► door ──► vLLM, salted with the version          closed while weights change: what stands before it is
+    request ──► door ──► vLLM, salted with the weights          closed while weights change: what stands before it is
                   │                                             sent under the new version and finds no old prefix
+                  └─► its prompt first to another engine, where the run has some for prompts (`handover.py`)
     prepare ──► every worker fetches and verifies, while it serves
     commit  ──► close door, pause keeping requests, load, mark the version, resume, open door
                 a load that fails is undone before anything is resumed; one that cannot be undone ends the engine
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
 
 import attrs
 import numpy as np
@@ -27,9 +30,12 @@ from prl.types import Completion, Int32, Manifest, StopReason
 
 from prl_vllm.api import Answer, Ask, RefusedByVllmError, VllmApi
 from prl_vllm.door import Door
+from prl_vllm.handover import ONE_TOKEN, TO_BE_FETCHED, Handed, Prefills
 from prl_vllm.model_files import check
-from prl_vllm.segments import in_segments
+from prl_vllm.segments import in_segments, joined
+from prl_vllm.statistics import named
 
+HANDED = "-handed"
 POLL_SECONDS = 0.02
 """Between two looks at a version that is being fetched; each look takes the place of part of a step."""
 
@@ -48,17 +54,21 @@ class Engine:
         sequences: int,
         recompute: bool,
         tells_versions: bool,
+        prefills: Prefills | None = None,
     ) -> None:
         self._api = api
         self._run_dir = run_dir
         self._shapes = shapes
         self._recompute = recompute
         self._tells_versions = tells_versions
+        self._prefills = prefills
         self._aborted: set[str] = set()
         """Requests that somebody wants to end; only on releases where weight updates abort them too."""
         self._door = Door(sequences)
         self._sequences = sequences
-        self._staged: int | None = None
+        self._staged: Manifest | None = None
+        self._mark = ""
+        """Of the weights being served: no others ever had it, in no run that shares a disk with this one."""
         self._staging = asyncio.Lock()
         self._changing = asyncio.Lock()
         self._updates = 0
@@ -78,8 +88,53 @@ class Engine:
             n = min(self._sequences, request.n - first)
             with _refusals():
                 async with self._door.inside(n):
-                    answers.append(await self._answer(self._ask(request, first, n)))
+                    answers.append(await self._continue(request, first, n))
         return _result(request, answers)
+
+    async def _continue(self, request: Request, first: int, n: int) -> Answer:
+        """`n` continuations, of a prompt that another engine computed, where one did."""
+        handed = None if self._prefills is None else await self._fetched(request, first, self._prefills)
+        ask = self._ask(request, first, n)
+        if handed is None:
+            return await self._answer(ask)
+        known = len(ask.prompt) if ask.routes_from is not None else None
+        answer = await self._answer(attrs.evolve(ask, salt=_salt(self._mark, handed=True), routes_from=known))
+        completions = (attrs.evolve(c, routes=joined(handed.routes, c.routes)) for c in answer.completions)
+        return attrs.evolve(answer, completions=tuple(completions))
+
+    async def _fetched(self, request: Request, first: int, prefills: Prefills) -> Handed | None:
+        """The prompt as another engine computed it, now in vLLM's prefix cache; None where that came to nothing."""
+        mark, ask = self._mark, self._ask(attrs.evolve(request, sampling=ONE_TOKEN), first, 1)
+        handed = await prefills.compute(ask, mark, session=request.session)
+        if handed is not None:
+            # An outdated prompt is fetched too, under a name nobody asks for: the other engine keeps it until then,
+            # and while it keeps any prompt it cannot pause for an update.
+            salt = _salt(mark, handed=True) if mark == self._mark else ask.request_id
+            fetching = attrs.evolve(
+                ask,
+                request_id=f"{ask.request_id}-fetch",
+                salt=salt,
+                routes_from=None,
+                kv_transfer=json.loads(handed.transfer),
+            )
+            handed = handed if await prefills.within_patience(self._api.generate(fetching)) else None
+        await self._door.opened()
+        # Nothing is awaited from here until the request is sent: it is of the weights that computed the prompt.
+        return handed if mark == self._mark else None
+
+    async def prefill(self, request: Request, mark: str) -> Handed:
+        """Compute a prompt and keep it for another engine, under the weights `mark`; RefusedError under all others."""
+        with _refusals():
+            async with self._door.inside(1):
+                answer = None
+                if mark == self._mark:
+                    ask = attrs.evolve(self._ask(request, 0, 1), kv_transfer=TO_BE_FETCHED)
+                    answer = await self._api.generate(ask)
+        if answer is None or mark != self._mark:
+            raise RefusedError(409, f"version {self.version} is served, whose weights are others")
+        if not answer.kv_transfer:
+            raise RefusedError(502, "vLLM keeps no keys and values for others: it has no connector for that")
+        return Handed(transfer=json.dumps(answer.kv_transfer), routes=answer.completions[0].routes)
 
     async def _answer(self, ask: Ask) -> Answer:
         if self._tells_versions:
@@ -94,7 +149,8 @@ class Engine:
         while True:
             await self._door.opened()
             version, updates = self.version, self._updates
-            answer = await self._api.generate(attrs.evolve(ask, salt=_salt(version), version=version))
+            salt = _salt(self._mark, handed=ask.salt.endswith(HANDED))
+            answer = await self._api.generate(attrs.evolve(ask, salt=salt, version=version))
             changes = self._updates - updates
             if not changes or (changes == 1 and any(c.stop is StopReason.ABORT for c in answer.completions)):
                 break  # else it may have waited inside vLLM while weights changed
@@ -112,7 +168,7 @@ class Engine:
             sampling=attrs.evolve(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most)),
             n=n,
             stop=request.stop,
-            salt=_salt(self.version),
+            salt=_salt(self._mark),
             version=self.version,
             routes_from=request.routes_from,
         )
@@ -177,7 +233,7 @@ class Engine:
                 await self._fetch(manifest)
             except InfrastructureError as error:
                 raise RefusedError(422, f"version {manifest.version} cannot be prepared: {error}") from error
-            self._staged = manifest.version
+            self._staged = manifest
 
     async def _fetch(self, manifest: Manifest) -> None:
         await self._api.call("prl_prepare", run_dir=self._run_dir, manifest=attrs.asdict(manifest))
@@ -193,19 +249,20 @@ class Engine:
     async def commit(self, version: int) -> None:
         """Serve a prepared version from the next token on; requests go on. The served version is no change."""
         async with self._changing:
-            if self._staged != version:
+            staged = self._staged
+            if staged is None or staged.version != version:
                 if self.version == version:
                     return
-                known = "no version is prepared" if self._staged is None else f"version {self._staged} is prepared"
+                known = "no version is prepared" if staged is None else f"version {staged.version} is prepared"
                 raise RefusedError(
                     409, f"version {version} was not prepared ({known}, version {self.version} is served)"
                 )
             async with self._door.closed():
                 started = time.monotonic()
-                await self._swap(version)
+                await self._swap(version, _mark(staged))
                 self._update_seconds += time.monotonic() - started
 
-    async def _swap(self, version: int) -> None:
+    async def _swap(self, version: int, mark: str) -> None:
         self._staged = None
         await self._api.pause(clear_cache=self._recompute, keep=self._tells_versions)
         try:
@@ -215,7 +272,7 @@ class Engine:
         else:
             if self._tells_versions:
                 await self._api.set_version(version)
-            self.version = version
+            self.version, self._mark = version, mark
             self._updates += 1
         if not self._paused:
             await self._api.resume()
@@ -248,29 +305,34 @@ class Engine:
     # --- what a person or the controller asks -------------------------------------------------------------------------
     async def statistics(self) -> Mapping[str, float]:
         """Totals since the start; `running` and `waiting` count sequences; nothing was computed in `update_seconds`."""
-        metrics = await self._api.metrics()
+        statistics = named(await self._api.metrics())
         return {
+            **statistics,
+            "waiting": statistics["waiting"] + self._door.waiting,
+            "handed_tokens": self._prefills.tokens if self._prefills is not None else 0,
             "version": self.version,
-            "running": metrics.get("num_requests_running", 0.0),
-            "waiting": metrics.get("num_requests_waiting", 0.0) + self._door.waiting,
             "sequences": self._sequences,
             "length": self.length,
-            "kv_tokens": metrics.get("kv_tokens", 0.0),
-            "kv_usage": metrics.get("kv_cache_usage_perc", 0.0),
-            "preemptions": metrics.get("num_preemptions_total", 0.0),
             "paused": int(self._paused),
-            "generated_tokens": metrics.get("generation_tokens_total", 0.0),
-            "prompt_tokens": metrics.get("prompt_tokens_total", 0.0),
-            "prefix_hit_tokens": metrics.get("prefix_cache_hits_total", 0.0),
             "busy_seconds": self._door.busy_seconds,
             "updates": self._updates,
             "update_seconds": self._update_seconds,
         }
 
 
-def _salt(version: int) -> str:
-    """Prompts share what was computed for them under one version."""
-    return f"version-{version}"
+def _mark(manifest: Manifest) -> str:
+    digest = blake2b(digest_size=8)
+    for record in sorted(manifest.tensors, key=lambda record: record.name):
+        digest.update(f"{record.name} {record.checksum} ".encode())
+    return f"version-{manifest.version}-{digest.hexdigest()}"
+
+
+def _salt(mark: str, *, handed: bool = False) -> str:
+    """Prompts share what was computed for them under the same weights.
+
+    What was computed here is kept apart from what came from elsewhere: only of the former does vLLM know the routes.
+    """
+    return mark + HANDED if handed else mark
 
 
 def _marked(completion: Completion, version: int) -> Completion:

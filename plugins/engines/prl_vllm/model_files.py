@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
+import numpy as np
 import torch
 from prl.blocks import precision
 from prl.blocks.form import Form
@@ -18,6 +20,7 @@ from prl.types import Manifest
 
 if TYPE_CHECKING:
     from prl.compose.compose import Composition
+    from prl.compose.routing import Routing
 
 
 @attrs.frozen(kw_only=True)
@@ -40,6 +43,11 @@ class Described:
     def recurrent(self) -> bool:
         """Some layers keep a state in the place of keys and values (Mamba-2)."""
         return "ssm_state_size" in self.hf_config
+
+    def route_bytes(self, routing: Routing) -> int:
+        """Of one token, in vLLM's table, which has a place for every decoder layer."""
+        layers: int = self.hf_config["num_hidden_layers"]
+        return layers * routing.experts_per_token * np.dtype(routing.dtype).itemsize
 
 
 def describe(composition: Composition) -> Described:
@@ -77,7 +85,9 @@ def write(described: Described, folder: Path, *, length: int, cpu: bool) -> Path
         raise UserError("vLLM's CPU backend serves no quantised weights: use quantization fp32 or bf16, or GPUs")
     folder.mkdir(parents=True, exist_ok=True)
     config = _dense(described.hf_config, length) if cpu and "index_topk" in described.hf_config else described.hf_config
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    partial = folder / f"config.json.{secrets.token_hex(4)}"
+    partial.write_text(json.dumps(config, indent=2))
+    partial.replace(folder / "config.json")  # at once: the engines of a run share the folder
     return folder
 
 

@@ -59,6 +59,7 @@ def problems(engine: VllmConfig, run: Run) -> Iterator[str]:
     yield from _spanning(engine)
     yield from _experts(engine.parallel, run)
     yield from _kv_tiers(engine)
+    yield from _prefill(engine)
     if on_cpu(run):
         yield from _not_on_a_cpu(engine)
     yield from _release()
@@ -125,11 +126,32 @@ def _kv_tiers(engine: VllmConfig) -> Iterator[str]:
         yield "engine.options.kv_transfer_config and engine.kv_tiers both name a connector; keep one of them"
 
 
+def _prefill(engine: VllmConfig) -> Iterator[str]:
+    prefill = engine.prefill
+    if not prefill.count:
+        return
+    if prefill.count >= engine.count:
+        yield (
+            f"engine.prefill.count = {prefill.count} of engine.count = {engine.count} engines leaves none to decode; "
+            "raise engine.count"
+        )
+    if not engine.prefix_caching:
+        yield "engine.prefill needs engine.prefix_caching = true: a prompt is fetched into the prefix cache"
+    if engine.servers:
+        yield "engine.prefill needs servers that the run starts: leave engine.servers out"
+    if "kv_transfer_config" in engine.options:
+        yield "engine.options.kv_transfer_config and engine.prefill both name a connector; keep one of them"
+    if find_spec("nixl") is None:
+        yield (
+            "engine.prefill needs NIXL (module nixl), which is not installed here; "
+            "pip install --no-deps nixl nixl-cu12 (nixl-cu13 beside CUDA 13)"
+        )
+
+
 def _not_on_a_cpu(engine: VllmConfig) -> Iterator[str]:
     for where, value in {
         "engine.fp8.weights": engine.fp8.weights,
         "engine.fp8.kv_cache": engine.fp8.kv_cache,
-        "engine.kv_tiers.host_bytes": engine.kv_tiers.host_bytes,
         "engine.parallel.redundant_experts": engine.parallel.redundant_experts,
     }.items():
         if value:

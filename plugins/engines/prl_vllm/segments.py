@@ -36,12 +36,12 @@ async def _finish(ask: Ask, member: int, done: Completion, send: Send, aborted: 
             logprobs=np.concatenate([done.logprobs, more.logprobs]),
             versions=np.concatenate([done.versions, more.versions]),
             stop=more.stop,
-            routes=_joined(done.routes, more.routes),
+            routes=joined(done.routes, more.routes),
         )
     return done
 
 
-def _joined(first: Routes | None, more: Routes | None) -> Routes | None:
+def joined(first: Routes | None, more: Routes | None) -> Routes | None:
     """Routes of both, each token's by whoever computed it first."""
     if first is None or more is None:
         return first or more

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import secrets
+import socket
+import zlib
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from prl import network
 from prl.compose.routing import replayed
-from prl.errors import InfrastructureError
+from prl.errors import InfrastructureError, UserError
 from prl.serve.application import application, listening
 
 from prl_vllm import arguments as vllm
-from prl_vllm import model_files, spanning
+from prl_vllm import handover, model_files, spanning
 from prl_vllm.api import VllmApi
 from prl_vllm.config import VllmConfig
 from prl_vllm.engine import Engine
+from prl_vllm.handover import Prefills
 from prl_vllm.inside import KEY_VARIABLE, PROTOCOL
 from prl_vllm.model_files import Described
 from prl_vllm.process import started
@@ -41,7 +47,7 @@ async def serve(context: EngineContext) -> None:
     run = context.composition.run
     config = cast(VllmConfig, run.engine)
     described = await asyncio.to_thread(model_files.describe, context.composition)
-    async with _server(context, config, described) as (api, ended):
+    async with _server(context, config, described) as (api, ended), _prefills(context, config) as prefills:
         description = await _expect_extension(api)
         engine = Engine(
             api,
@@ -52,15 +58,35 @@ async def serve(context: EngineContext) -> None:
             sequences=config.sequences * config.parallel.data,
             recompute=config.on_update == "recompute",
             tells_versions=description["tells_versions"],
+            prefills=prefills,
         )
+        app = application(engine, described.speech, context.token)
+        app.add_routes([web.get("/weights/checksums", _checksums(engine))])
+        computes_prompts = config.kind_of(context.index) == "prefill"
+        if computes_prompts:
+            app.add_routes([web.post(handover.PATH, handover.PrefillEndpoint(engine).prefill)])
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ended)
             tasks.create_task(_broken(engine))
-            app = application(engine, described.speech, context.token)
-            app.add_routes([web.get("/weights/checksums", _checksums(engine))])
             async with listening(app, context.host) as url:
+                if computes_prompts:
+                    handover.announce(context.run_dir, context.index, url)
                 await context.announce(url)
                 await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _prefills(context: EngineContext, config: VllmConfig) -> AsyncIterator[Prefills | None]:
+    """Those that this engine leaves its prompts to."""
+    if config.kind_of(context.index) != "decode":
+        yield None
+        return
+    prefill = config.prefill
+    prefills = Prefills(context.run_dir, prefill.count, token=context.token, patience=prefill.patience)
+    try:
+        yield prefills
+    finally:
+        await prefills.aclose()
 
 
 @asynccontextmanager
@@ -78,12 +104,23 @@ async def _server(
     run = context.composition.run
     cpu = vllm.on_cpu(run)
     length = config.length or run.rollouts.sequence_length
-    folder = context.run_dir.path / "engines" / str(context.index)
+    # One for all engines: servers that hand keys and values to each other compare its name.
+    folder = context.run_dir.path / "engines" / "model"
     model_files.write(described, folder, length=length, cpu=cpu)
-    routes = replayed(context.composition) is not None
-    values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=routes)
-    environment = vllm.environment(config, cpu=cpu, routes=routes)
+    routing = replayed(context.composition)
+    route_bytes = described.route_bytes(routing) if routing is not None else 0
+    if route_bytes and config.kv_tiers.host_bytes and not cpu:
+        raise UserError(
+            "engine.kv_tiers: on GPUs vLLM forgets the routes of what its tiers keep, and ends when it finds it again; "
+            'leave engine.kv_tiers out, or set trainer.router_replay = "off"'
+        )
     async with AsyncExitStack() as stack:
+        identity = stack.enter_context(_identity(context))
+        values = vllm.arguments(
+            run, config, described, model=folder, cpu=cpu, route_bytes=route_bytes, identity=identity
+        )
+        exchange = (network.address(run), _free_port()) if config.prefill.count else None
+        environment = vllm.environment(config, cpu=cpu, routes=routing is not None, exchange=exchange)
         whole: Coroutine[None, None, None] | None = None
         if config.spans > 1:
             meeting = await stack.enter_async_context(spanning.meeting(context))
@@ -102,6 +139,31 @@ async def _first_of(*ends: Coroutine[None, None, None] | None) -> None:
         for end in ends:
             if end is not None:
                 tasks.create_task(end)
+
+
+@contextmanager
+def _identity(context: EngineContext) -> Iterator[str]:
+    """A name for this server among those that share keys and values, new with each start.
+
+    vLLM's host memory for them is a file of that name: what a server that was killed left behind is removed first.
+    """
+    engine = f"prl-{zlib.crc32(str(context.run_dir.path).encode()):08x}-{context.index}-"
+
+    def clear() -> None:
+        for file in Path("/dev/shm").glob(f"vllm_offload_{engine}*"):
+            file.unlink(missing_ok=True)
+
+    clear()
+    try:
+        yield engine + secrets.token_hex(4)
+    finally:
+        clear()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
 
 
 def _checksums(engine: Engine) -> Handler:

@@ -1,11 +1,11 @@
 """Plugin `adaptive`: as many groups in flight as the engines bear, by what they say of themselves, within another rule.
 
-    [scheduler]
-    type = "adaptive"
+[scheduler]
+type = "adaptive"
 
-    [scheduler.within]              # what is fresh enough stays this one's word
-    type = "bounded_staleness"
-    max_staleness = 8
+[scheduler.within]              # what is fresh enough stays this one's word
+type = "bounded_staleness"
+max_staleness = 8
 """
 
 from __future__ import annotations

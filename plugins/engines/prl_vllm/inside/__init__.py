@@ -12,6 +12,10 @@ SWITCH = "PRL_VLLM"
 """Environment variable: `1` in every process of a server that serves a run."""
 ROUTES = "PRL_VLLM_ROUTES"
 """Environment variable: `1` where the run replays routes."""
+TIERS = "PRL_VLLM_TIERS"
+"""Environment variable: `1` where there are tiers behind the KV cache."""
+ROUTE_BYTES = "prl_route_bytes"
+"""Entry in the configuration of KV tiers: bytes of one token's routes, which a CPU keeps with its keys and values."""
 KEY_VARIABLE = "PRL_VLLM_API_KEY"
 """Environment variable: the key of servers that are joined."""
 PROTOCOL = 1
@@ -27,6 +31,10 @@ def register() -> None:
     from prl_vllm.inside import lifetime
 
     lifetime.end_with_parent()
+    if os.environ.get(TIERS) == "1":
+        from prl_vllm.inside import stores
+
+        stores.install()
     if current_platform.is_cpu():
         from prl_vllm.inside import mends
 

@@ -6,6 +6,7 @@ test_vllm_mends.py` has a test for each that fails without it. Found on release 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -177,6 +178,32 @@ def _experts_without_gate() -> None:
     wrap(unquantized, "backend_to_kernel_cls", extend)
 
 
+# --- tiers of the KV cache --------------------------------------------------------------------------------------------
+def _tiers() -> None:
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+    from prl_vllm.inside import tiers
+
+    wrap(CPUOffloadingSpec, "__init__", tiers.with_room_for_routes)
+    wrap(CPUOffloadingSpec, "get_worker", tiers.copying)
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+def _processors() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    def around(create: Callable[..., Any]) -> Callable[..., Any]:
+        def create_connector(*args: Any, **kwargs: Any) -> Any:
+            before = os.sched_getaffinity(0)
+            connector = create(*args, **kwargs)
+            os.sched_setaffinity(0, before)
+            return connector
+
+        return create_connector
+
+    wrap(KVConnectorFactory, "create_connector", around)
+
+
 MENDS = (
     Mend(
         name="rope",
@@ -215,5 +242,20 @@ MENDS = (
         symptom="experts without a gate (relu squared: the Nemotron 3 family) are refused",
         until="a CPU experts class supports activations without multiplication",
         apply=_experts_without_gate,
+    ),
+    Mend(
+        name="tiers",
+        where="vllm/v1/kv_offload/cpu/spec.py: CPUOffloadingSpec.get_worker",
+        symptom="host memory and disk behind the KV cache are refused: blocks are copied by CUDA streams alone",
+        until="get_worker has a worker for caches in host memory, and it carries routes where routes.py keeps them",
+        apply=_tiers,
+    ),
+    Mend(
+        name="processors",
+        where="vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py: NixlBaseConnectorWorker.__init__",
+        symptom="with NIXL the worker's main thread is bound to the last core, also where its computing threads are "
+        "bound to none: all servers of a machine compute on one core, and on two cores a transfer takes a minute",
+        until="the core is set apart only where VLLM_CPU_OMP_THREADS_BIND sets the others apart",
+        apply=_processors,
     ),
 )

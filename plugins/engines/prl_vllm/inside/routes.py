@@ -36,6 +36,11 @@ class Recorder:
     """Request -> rows that the scheduler has."""
     ready: dict[str, NDArray[Any]] = attrs.field(factory=dict)
 
+    @property
+    def pages(self) -> NDArray[np.int8]:
+        """[blocks, bytes] the table as one more tensor of the KV cache."""
+        return self.table.view(np.int8).reshape(len(self.table) // self.block_size, -1)
+
     def slots(self, blocks: NDArray[Any], first: int, end: int) -> NDArray[Any]:
         tokens = np.arange(first, end)
         slots: NDArray[Any] = blocks[tokens // self.block_size] * self.block_size + tokens % self.block_size
@@ -62,6 +67,10 @@ class Recorder:
         self.step.clear()
 
 
+recorder: Recorder | None = None
+"""Of this process's model, from its first step on."""
+
+
 def install() -> None:
     """Record routes in this process's model runner, and hand them on in its scheduler."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -74,9 +83,9 @@ def install() -> None:
 
 def _recording(execute: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        global recorder
         if not hasattr(self, "prl_recorder"):
-            self.prl_recorder = _bound(self)
-        recorder: Recorder | None = self.prl_recorder
+            self.prl_recorder = recorder = _bound(self)
         output = execute(self, scheduled, *args, **kwargs)
         if recorder is not None and recorder.step and scheduled.total_num_scheduled_tokens:
             recorder.record(self, scheduled)
