@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import attrs
@@ -13,6 +14,7 @@ from prl.compose.plan import plan
 from prl.errors import ConfigError
 from prl.run_dir import RunDir
 from prl_vllm import release, rules, spanning
+from prl_vllm.api import KEPT_SECONDS
 from prl_vllm.arguments import arguments, command_line, environment
 from prl_vllm.config import VllmConfig
 from prl_vllm.spanning import Meeting
@@ -314,3 +316,12 @@ def test_experts_must_be_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
             probe=False,
         )
     assert "over 8 devices; 4 redundant experts can" in error.value.problems[0].message
+
+
+@needs_names
+def test_connections_are_given_up_before_the_server_does() -> None:
+    """A request into one that the server is closing is lost."""
+    (envs,) = release._sources("envs.py")
+    declared = re.search(r"VLLM_HTTP_TIMEOUT_KEEP_ALIVE: int = (\d+)", envs.read_text())
+    assert declared is not None
+    assert int(declared[1]) > KEPT_SECONDS

@@ -21,6 +21,9 @@ from prl.types import Completion, Int32, Routes, Sampling, StopReason
 from prl_vllm import metrics
 
 CONNECT_SECONDS = 10.0
+KEPT_SECONDS = 2.0
+"""That a connection may lie idle. vLLM's server closes its end after VLLM_HTTP_TIMEOUT_KEEP_ALIVE = 5; a request that
+is sent into a connection at that moment is lost, and nobody may send a POST twice."""
 ID_PREFIX = "generate-tokens-"
 """What the server puts before the request ids it is given."""
 FINAL_ONLY = 2
@@ -159,10 +162,11 @@ class VllmApi:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
+            kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
             connector = (
-                aiohttp.UnixConnector(str(self._socket), limit=0)
+                aiohttp.UnixConnector(str(self._socket), **kept)
                 if self._socket is not None
-                else aiohttp.TCPConnector(limit=0)
+                else aiohttp.TCPConnector(**kept)
             )
             self._session = aiohttp.ClientSession(
                 headers={"Authorization": f"Bearer {self._key}"} if self._key else {},

@@ -23,9 +23,6 @@ from torch import Tensor, nn
 
 from prl_vllm.inside.loading import Loader
 
-PACK_LIMIT = 1 << 24
-"""Elements of a packed parameter: more could not be numbered in float32."""
-
 
 @attrs.frozen(eq=False)
 class Placed:
@@ -157,10 +154,13 @@ def _packing(layer: nn.Module) -> str:
 def _unpack(kept: Tensor, isa: str, shape: torch.Size) -> Tensor:
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    if kept.numel() != shape.numel() or kept.numel() >= PACK_LIMIT:
-        raise RuntimeError(f"{kept.numel()} packed elements cannot be read back: padded, or {PACK_LIMIT} or more")
-    numbers = torch.arange(kept.numel(), dtype=torch.float32).reshape(shape)
-    places = cpu_prepack_moe_weight(numbers, isa).flatten().long()
+    if kept.numel() != shape.numel():
+        raise RuntimeError(f"{kept.numel()} packed elements of {shape.numel()} cannot be read back: they are padded")
+    # Where an element goes depends on the dtype, and bfloat16 counts to 256: numbers are packed byte by byte.
+    numbers = torch.arange(kept.numel()).reshape(shape)
+    shifts = range(0, kept.numel().bit_length(), 8)
+    digits = [cpu_prepack_moe_weight((numbers >> shift & 255).to(kept.dtype), isa).flatten() for shift in shifts]
+    places = torch.stack([digit.long() << shift for digit, shift in zip(digits, shifts, strict=True)]).sum(0)
     flat = torch.empty(kept.numel(), dtype=kept.dtype)
     flat[places] = kept.flatten()
     return flat.reshape(shape)
