@@ -25,17 +25,22 @@ from prl.ledger.events import (
     Dropped,
     Event,
     Issued,
+    Loads,
     Served,
     Taken,
     Trained,
 )
 from prl.ledger.read import snapshot
+from prl.providers import EngineLoad
 from prl.run_dir import RunDir
 from prl.types import Group, TaskRef
 
 from tests.dispatch.fakes import FakeRun, demonstration, rollout, toy_run
 
 TASK = TaskRef(environment="toy", split="train", index=3)
+LOAD = EngineLoad(
+    engine=1, running=8.0, waiting=2.0, kv_usage=0.5, preemptions=1.0, sequences=8.0, kv_tokens=4096.0, length=512.0
+)
 ONE_OF_EACH: tuple[Event, ...] = (
     Begun(launch=1, config="[run]", lock="{}"),
     Continued(step=2, source="", state="{}"),
@@ -50,6 +55,7 @@ ONE_OF_EACH: tuple[Event, ...] = (
     Demonstrated(group_ids=(0,), samples=(demonstration(2),)),
     Trained(3),
     Served(3),
+    Loads(at=2.5, loads=(LOAD,)),
     Cut(3),
 )
 
