@@ -96,24 +96,22 @@ async def join(context: EngineContext) -> None:
     cpu = vllm.on_cpu(run)
     folder = context.run_dir.path / "engines" / f"{context.index}-{context.node}"
     model_files.write(described, folder, length=config.length or run.rollouts.sequence_length, cpu=cpu)
+    routing = replayed(context.composition)
+    route_bytes = described.route_bytes(routing) if routing is not None else 0
     _desert(context, "its process was started again")
     told = False
     while True:
         found = await _next_life(context)
-        values = vllm.arguments(run, config, described, model=folder, cpu=cpu, routes=_routes(context))
+        values = vllm.arguments(run, config, described, model=folder, cpu=cpu, route_bytes=route_bytes)
         values |= arguments(config.parallel, context.node, found)
         words = [*vllm.command_line(values)]
-        variables = vllm.environment(config, cpu=cpu, routes=_routes(context))
+        variables = vllm.environment(config, cpu=cpu, routes=routing is not None)
         _joined(context).write_text(found.life)
         async with headless(words, {**variables, **environment(network.address(run))}) as process:
             if not told:
                 await context.announce("")
                 told = True
             await _until_over(context, found, process)
-
-
-def _routes(context: EngineContext) -> bool:
-    return replayed(context.composition) is not None
 
 
 async def _next_life(context: EngineContext) -> Meeting:
