@@ -104,4 +104,4 @@ def test_a_worker_does_not_outlive_its_parent() -> None:
 
 
 def test_every_role_of_the_plan_has_a_module() -> None:
-    assert {"controller", "engine", "environment", "replay", "trainer", "trainer-rank"} == set(ROLES)
+    assert {"controller", "engine", "engine-part", "environment", "replay", "trainer", "trainer-rank"} == set(ROLES)
