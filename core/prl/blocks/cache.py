@@ -47,8 +47,9 @@ class TokenCache:
 
     def store(self, new: Tensor, context: Context) -> None:
         """new [parts * T, heads, size] of the new tokens, part after part, each to its row and position."""
-        size = self.stored.shape[-1]
-        self.stored.view(-1, size).index_copy_(0, self._places(context), new.reshape(-1, size))
+        parts, _, heads, _, size = self.stored.shape
+        by_token = new.reshape(parts, -1, heads, size).transpose(0, 1)
+        self.stored[:, _rows_of_tokens(context), :, context.positions] = by_token
 
     def stored_of(self, context: Context, part: int = 0) -> Tensor:
         """[S, heads, context.longest, size] of the context's sequences; a view when `rows` is a slice."""
@@ -57,18 +58,6 @@ class TokenCache:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of one row into another."""
         self.stored[:, target, :, :length] = self.stored[:, source, :, :length]
-
-    def _places(self, context: Context) -> Tensor:
-        """[parts * T * heads] where each new vector lies in the storage seen as [..., size]."""
-        parts, rows, heads, length, _ = self.stored.shape
-        key = ("cache places", parts, rows, heads, length)
-        if key not in context.memo:
-            head = torch.arange(heads, device=self.stored.device)
-            first = (_rows_of_tokens(context)[:, None] * heads + head) * length
-            places = (first + context.positions[:, None]).flatten()
-            context.memo[key] = torch.cat([places + part * rows * heads * length for part in range(parts)])
-        known: Tensor = context.memo[key]
-        return known
 
 
 class KeyValueCache(TokenCache):
@@ -87,13 +76,7 @@ class KeyValueCache(TokenCache):
 
     def write(self, k: Tensor, v: Tensor, context: Context) -> None:
         """k, v [T, kv_heads, head_dim] of the new tokens, each to its row and position."""
-        if not (context.decoding and isinstance(context.rows, slice)):
-            self.store(torch.cat((k, v)), context)
-            return
-        if "decoded rows" not in context.memo:
-            context.memo["decoded rows"] = _rows_of_tokens(context)
-        place = context.memo["decoded rows"], slice(None), context.positions
-        self.k[place], self.v[place] = k, v
+        self.store(torch.cat((k, v)), context)
 
     def read(self, context: Context) -> tuple[Tensor, Tensor]:
         """k, v [S, kv_heads, context.longest, head_dim] of the context's sequences; views when `rows` is a slice."""
@@ -119,6 +102,13 @@ class SharedKeyCache(TokenCache):
 
 def _rows_of_tokens(context: Context) -> Tensor:
     """[T] cache row of each token."""
+    if "cache rows" not in context.memo:
+        context.memo["cache rows"] = _computed_rows(context)
+    rows: Tensor = context.memo["cache rows"]
+    return rows
+
+
+def _computed_rows(context: Context) -> Tensor:
     rows, device = context.rows, context.positions.device
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=device)
