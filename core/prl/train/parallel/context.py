@@ -35,13 +35,18 @@ class ContextGroup:
 
     def by_heads(self, x: Tensor) -> Tensor:
         """x [T, count * H, D] of this rank -> [count * T, H, D]: all tokens, and this rank's heads."""
-        exchanged: Tensor = _ToHeads.apply(x, self.group, self.count)  # type: ignore[no-untyped-call]
-        return exchanged
+        for_each = torch.unflatten(x, 1, (self.count, -1)).transpose(0, 1)  # [ranks, T, heads of one, D]
+        return self._exchanged(for_each).flatten(0, 1)
 
     def by_tokens(self, x: Tensor) -> Tensor:
         """[count * T, H, D] -> [T, count * H, D]"""
-        exchanged: Tensor = _ToTokens.apply(x, self.group, self.count)  # type: ignore[no-untyped-call]
-        return exchanged
+        for_each = torch.unflatten(x, 0, (self.count, -1))  # [ranks, T, heads of one, D]
+        return self._exchanged(for_each).transpose(0, 1).flatten(1, 2)
+
+    def _exchanged(self, for_each: Tensor) -> Tensor:
+        """[ranks, ...] for each rank -> [ranks, ...] from each."""
+        from_each: Tensor = _Exchange.apply(for_each, self.group)  # type: ignore[no-untyped-call]
+        return from_each
 
     def columns(self, columns: Tensor) -> tuple[Tensor, slice]:
         """columns [N, C] of this rank, any N -> [sum of N, C] of all ranks in order, and where this rank's are."""
@@ -77,34 +82,15 @@ class _Gather(torch.autograd.Function):
         return summed, None, None
 
 
-class _ToHeads(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, count: int) -> Tensor:
-        ctx.ranks = group, count
-        return _to_heads(x, group, count)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _to_tokens(grad, *ctx.ranks), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, count: int) -> Tensor:
-        ctx.ranks = group, count
-        return _to_tokens(x, group, count)
+    def forward(ctx: Any, for_each: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_to_all(for_each, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _to_heads(grad, *ctx.ranks), None, None
-
-
-def _to_heads(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
-    return _all_to_all(torch.unflatten(x, 1, (count, -1)).transpose(0, 1), group).flatten(0, 1)
-
-
-def _to_tokens(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
-    return _all_to_all(torch.unflatten(x, 0, (count, -1)), group).transpose(0, 1).flatten(1, 2)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.group), None
 
 
 def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
