@@ -31,9 +31,9 @@ from prl.types import Completion, Int32, Manifest, StopReason
 from prl_vllm.api import Answer, Ask, RefusedByVllmError, VllmApi
 from prl_vllm.door import Door
 from prl_vllm.handover import ONE_TOKEN, TO_BE_FETCHED, Handed, Prefills
+from prl_vllm.metrics import named
 from prl_vllm.model_files import check
 from prl_vllm.segments import in_segments, joined
-from prl_vllm.statistics import named
 
 HANDED = "-handed"
 POLL_SECONDS = 0.02
