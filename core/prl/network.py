@@ -50,6 +50,22 @@ def interface(host: str) -> str | None:
     return next((name for name, where in _names() if ipaddress.IPv4Address(host) in where.network), None)
 
 
+def interfaces(host: str) -> dict[str, str]:
+    """Variables that have gloo and NCCL listen on that address's interface; none where no interface is known.
+
+    Left alone, both listen where the host's name points to, which may be its address on another network.
+    """
+    name = interface(host)
+    return {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+
+
+def free_port(host: str) -> int:
+    """For programs that want a number; whoever takes it in between makes them fail."""
+    with socket.create_server((host, 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
 def _of_this_host() -> str:
     name = socket.gethostname()
     try:

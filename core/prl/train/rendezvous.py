@@ -35,6 +35,7 @@ BACKEND = "prl"
 _PATIENCE = 600.0  # seconds for the agents to find each other: nodes load Python at their own pace
 _POLL_SECONDS = 0.1
 _CONNECT_TIME = timedelta(seconds=5)
+_STORE_TIMEOUT = timedelta(seconds=300)  # torch's own
 
 
 @attrs.frozen(kw_only=True)
@@ -88,14 +89,22 @@ class StoreRendezvous(RendezvousHandler):
 
 
 def _open(meeting: Meeting) -> tuple[str, int, Store]:
-    listener = socket.create_server((meeting.address, 0))
-    port: int = listener.getsockname()[1]
-    # From here on the store owns the descriptor and closes it.
-    store = TCPStore(meeting.address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    port, store = kept_store(meeting.address)
     if meeting.run_dir is not None:
         where = {"host": meeting.address, "port": port, "attempt": _attempt(meeting.run_dir)}
         meeting.run_dir.write_json(meeting.run_dir.rendezvous, where)
     return meeting.address, port, store
+
+
+def kept_store(address: str, timeout: timedelta = _STORE_TIMEOUT) -> tuple[int, TCPStore]:
+    """A store on a free port of this address, and that port; it lives as long as what is returned."""
+    listener = socket.create_server((address, 0))
+    port: int = listener.getsockname()[1]
+    descriptor = listener.detach()  # from here on the store owns it and closes it
+    store = TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor, timeout=timeout
+    )
+    return port, store
 
 
 def _join(meeting: Meeting) -> tuple[str, int, Store]:
@@ -130,11 +139,6 @@ def _create(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def keep_to(address: str, environment: MutableMapping[str, str]) -> None:
-    """Have gloo and NCCL, in processes with this environment, listen on that address's interface, unless it names one.
-
-    Left alone, both listen where the host's name points to, which may be its address on another network.
-    """
-    name = network.interface(address)
-    if name is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", name)
-        environment.setdefault("NCCL_SOCKET_IFNAME", name)
+    """Have gloo and NCCL in processes with this environment listen on that address's interface, unless one is named."""
+    for variable, name in network.interfaces(address).items():
+        environment.setdefault(variable, name)

@@ -44,8 +44,10 @@ class Described:
         """Some layers keep a state in the place of keys and values (Mamba-2)."""
         return "ssm_state_size" in self.hf_config
 
-    def route_bytes(self, routing: Routing) -> int:
-        """Of one token, in vLLM's table, which has a place for every decoder layer."""
+    def route_bytes(self, routing: Routing | None) -> int:
+        """Of one token, in vLLM's table, which has a place for every decoder layer; 0 where no routes are wanted."""
+        if routing is None:
+            return 0
         layers: int = self.hf_config["num_hidden_layers"]
         return layers * routing.experts_per_token * np.dtype(routing.dtype).itemsize
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import socket
 import zlib
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -107,8 +106,7 @@ async def _server(
     # One for all engines: servers that hand keys and values to each other compare its name.
     folder = context.run_dir.path / "engines" / "model"
     model_files.write(described, folder, length=length, cpu=cpu)
-    routing = replayed(context.composition)
-    route_bytes = described.route_bytes(routing) if routing is not None else 0
+    route_bytes = described.route_bytes(replayed(context.composition))
     if route_bytes and config.kv_tiers.host_bytes and not cpu:
         raise UserError(
             "engine.kv_tiers: on GPUs vLLM forgets the routes of what its tiers keep, and ends when it finds it again; "
@@ -119,8 +117,9 @@ async def _server(
         values = vllm.arguments(
             run, config, described, model=folder, cpu=cpu, route_bytes=route_bytes, identity=identity
         )
-        exchange = (network.address(run), _free_port()) if config.prefill.count else None
-        environment = vllm.environment(config, cpu=cpu, routes=routing is not None, exchange=exchange)
+        address = network.address(run)
+        exchange = (address, network.free_port(address)) if config.prefill.count else None
+        environment = vllm.environment(config, cpu=cpu, routes=bool(route_bytes), exchange=exchange)
         whole: Coroutine[None, None, None] | None = None
         if config.spans > 1:
             meeting = await stack.enter_async_context(spanning.meeting(context))
@@ -158,12 +157,6 @@ def _identity(context: EngineContext) -> Iterator[str]:
         yield engine + secrets.token_hex(4)
     finally:
         clear()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
 
 
 def _checksums(engine: Engine) -> Handler:

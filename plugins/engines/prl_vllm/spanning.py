@@ -59,9 +59,8 @@ def arguments(parallel: Parallel, node: int, meeting: Meeting) -> dict[str, Any]
 
 def environment(address: str) -> dict[str, str]:
     """Everything listens on this host's address on the run's network, and on no other."""
-    name = network.interface(address)
-    interfaces = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
-    return {"VLLM_HOST_IP": address, **{key: os.environ.get(key, value) for key, value in interfaces.items()}}
+    interfaces = {key: os.environ.get(key, name) for key, name in network.interfaces(address).items()}
+    return {"VLLM_HOST_IP": address, **interfaces}
 
 
 # --- the first node ---------------------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def environment(address: str) -> dict[str, str]:
 async def meeting(context: EngineContext) -> AsyncIterator[Meeting]:
     """Announced for as long as the engine lives."""
     address = network.address(context.composition.run)
-    found = Meeting(address=address, port=_free_port(address), life=secrets.token_hex(8))
+    found = Meeting(address=address, port=network.free_port(address), life=secrets.token_hex(8))
     file = _file(context.run_dir, context.index)
     file.parent.mkdir(parents=True, exist_ok=True)
     context.run_dir.write_json(file, attrs.asdict(found))
@@ -96,8 +95,7 @@ async def join(context: EngineContext) -> None:
     cpu = vllm.on_cpu(run)
     folder = context.run_dir.path / "engines" / f"{context.index}-{context.node}"
     model_files.write(described, folder, length=config.length or run.rollouts.sequence_length, cpu=cpu)
-    routing = replayed(context.composition)
-    route_bytes = described.route_bytes(routing) if routing is not None else 0
+    route_bytes = described.route_bytes(replayed(context.composition))
     _desert(context, "its process was started again")
     told = False
     while True:
@@ -105,7 +103,7 @@ async def join(context: EngineContext) -> None:
         values = vllm.arguments(run, config, described, model=folder, cpu=cpu, route_bytes=route_bytes)
         values |= arguments(config.parallel, context.node, found)
         words = [*vllm.command_line(values)]
-        variables = vllm.environment(config, cpu=cpu, routes=routing is not None)
+        variables = vllm.environment(config, cpu=cpu, routes=bool(route_bytes))
         _joined(context).write_text(found.life)
         async with headless(words, {**variables, **environment(network.address(run))}) as process:
             if not told:
@@ -156,10 +154,3 @@ def _joined(context: EngineContext) -> Path:
 
 def _left(run_dir: RunDir, engine: int, life: str) -> Path:
     return run_dir.path / "engines" / f"left-{engine}-{life}"
-
-
-def _free_port(address: str) -> int:
-    """vLLM wants a number; whoever takes it in between makes the engine fail, and be started again."""
-    with socket.create_server((address, 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port

@@ -9,7 +9,6 @@ says where. Started by `probe.py`, which reads that word; what fails is the last
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -20,7 +19,7 @@ import torch.distributed
 from prl import network
 from prl.compose.compose import open_run
 from prl.run_dir import RunDir, read_json
-from prl.train.rendezvous import keep_to
+from prl.train.rendezvous import keep_to, kept_store
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _SIDE = 512
@@ -61,11 +60,9 @@ def add_up(run_dir: RunDir, file: Path, address: str, rank: int, size: int, time
 
 
 def _keep(run_dir: RunDir, file: Path, address: str, timeout: timedelta) -> TCPStore:
-    listener = socket.create_server((address, 0))
-    port: int = listener.getsockname()[1]
+    port, store = kept_store(address, timeout)
     run_dir.write_json(file, [address, port])
-    descriptor = listener.detach()  # the store's from here on
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor, timeout=timeout)
+    return store
 
 
 def _find(file: Path, timeout: timedelta) -> TCPStore:
