@@ -58,9 +58,10 @@ def has_finished(run_dir: RunDir) -> bool:
 
 def settle(run_dir: RunDir) -> None:
     """Make a run that follows another ready to begin; again does no harm. A PrlError says why it cannot."""
-    before, chain = awaited(run_dir), _read(run_dir)
-    if before is None or chain is None:
+    chain = _read(run_dir)
+    if chain is None or chain.begun:
         return
+    before = RunDir.existing(chain.after)
     if not has_finished(before):
         status = (read_json(before.state) or {}).get("status", "starting")
         raise RunError(

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
+
 from prl.compose.config import Run
-from prl.plan.layout import AXES, parsed
+from prl.plan.layout import parsed
 from prl.plan.memory import Checkpointing
 from prl.plan.serving import Fleet
 from prl.train.layout import Layout
+from prl.train.layout import layout_of as layout_of_section
 
 
 def layout_of(run: Run, given: Sequence[str]) -> Layout:
     """Of `[trainer]`, with `axis=degree` from the command line; `shard` takes the ranks that are left."""
-    degrees: dict[str, Any] = {axis: getattr(run.trainer, axis) for axis in AXES}
-    degrees |= {axis: values[0] for text in given for axis, values in parsed(text).items()}
-    left = max(1, run.trainer.ranks // (degrees["replicate"] * degrees["context"]))
-    degrees["shard"] = degrees["shard"] or left
-    return Layout(**degrees, divides_heads=run.trainer.context_attention != "gather")
+    degrees: dict[str, Any] = {axis: values[0] for text in given for axis, values in parsed(text).items()}
+    layout = layout_of_section(attrs.evolve(run.trainer, **degrees))
+    return attrs.evolve(layout, shard=max(1, layout.shard))
 
 
 def checkpointing_of(run: Run, given: str | None) -> Checkpointing:
