@@ -21,6 +21,7 @@ import numpy as np
 import prl_bounded_staleness
 import prl_group_relative
 from prl.checkpoint_dir import write_json
+from prl.columns import ColumnFolder
 from prl.compose import config
 from prl.compose.config import Run
 from prl.dispatch.controller import Controller
@@ -94,6 +95,27 @@ def answer(request: RunGroup, *, version: int | None = None, failed: int = 0, wh
             Failure(rollout_id=f"{request.group_id}.{i}", where=where, error="broke") for i in range(kept, request.size)
         ),
     )
+
+
+def answer_with_columns(folder: ColumnFolder) -> Callable[[RunGroup], Group]:
+    """As `answer`, where every rollout has a large column `x` [L, 2] of its reward."""
+
+    def with_column(rollout: Rollout, request: RunGroup) -> Rollout:
+        column = np.full((len(rollout.tokens), 2), int(rollout.reward), dtype=np.uint8)
+        written = folder.write({"x": column}, group_id=request.group_id, attempt=request.attempt)
+        return attrs.evolve(rollout, large={"x": (written["x"],)})
+
+    def reply(request: RunGroup) -> Group:
+        group = answer(request)
+        return attrs.evolve(group, rollouts=tuple(with_column(rollout, request) for rollout in group.rollouts))
+
+    return reply
+
+
+def columns_of(step: TrainStep, folder: ColumnFolder) -> list[np.ndarray[Any, Any]]:
+    """The columns `x` of a step's samples, read as a rank does."""
+    micro_batches = [micro for rank in step.batch.ranks for micro in rank]
+    return [folder.read(piece) for micro in micro_batches for (piece,) in micro.large["x"]]
 
 
 def _sibling(request: RunGroup, member: int, version: int) -> Rollout:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from prl import checkpoint_dir
+from prl.columns import ColumnFolder
 from prl.dispatch import checkpoint
 from prl.errors import CheckpointError, RunError
 from prl.messages import Save, TrainStep
 from prl_group_relative import grpo
 
-from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, toy_run
+from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, answer_with_columns, columns_of, toy_run
 from tests.score.baseline import RunningBaseline
 
 
@@ -140,9 +141,34 @@ def test_finished_groups_that_are_no_longer_fresh_enough_are_generated_again(tmp
     assert set(finished) <= {request.group_id for request in second.environments[0].asked}
 
 
-def stopped_with_pending_groups(path: Path) -> tuple[FakeRun, Path]:
+def test_finished_groups_with_large_columns_are_trained_with_them(tmp_path):
+    columns = ColumnFolder(tmp_path / "second" / "columns")
+    _, folder = stopped_with_pending_groups(tmp_path / "first", large=True)
+    finished = checkpoint.read(folder).groups
+    assert len(finished) >= 2
+    assert not (tmp_path / "first" / "columns").exists()
+    seen = []
+    second = resumed(tmp_path / "second", folder)
+    second.environments = [FakeEnvironment(reply=answer_with_columns(columns))]
+    second.trainers[0].before_step = lambda step: seen.extend(int(c.max()) for c in columns_of(step, columns))
+    second.go()
+    assert not {group.group_id for group in finished} & {request.group_id for request in second.environments[0].asked}
+    assert sorted(seen) == [0] * 24 + [1] * 24  # six steps of two groups of four
+    assert columns.files() == []
+
+
+def test_a_flipped_byte_in_a_large_column_is_refused(tmp_path):
+    _, folder = stopped_with_pending_groups(tmp_path / "first", large=True)
+    column = min((folder / "columns").iterdir())
+    flip(column)
+    assert f"columns/{column.name} is damaged: its checksum is" in refusal(tmp_path, folder)
+
+
+def stopped_with_pending_groups(path: Path, *, large: bool = False) -> tuple[FakeRun, Path]:
     """A run stopped in step 4, once the groups of another batch are finished."""
     run = FakeRun(path, toy_run(steps=10, max_staleness=3))
+    if large:
+        run.environments = [FakeEnvironment(reply=answer_with_columns(ColumnFolder(run.run_dir.columns)))]
 
     def stop_in_step_four(order: TrainStep) -> None:
         if order.batch.step == 4:

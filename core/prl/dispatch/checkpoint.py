@@ -5,6 +5,7 @@
         controller.json             step, feeds (with every task that was issued and not yet trained), scheduler,
                                     credit state, chain: the hash of the version (`prl.ledger.chain`)
         pending.groups              groups that are finished, and not trained yet: ready, or in a batch formed ahead
+        columns/                    their large columns: other names of files that the run removes once it has trained
 
     training loop ── begin: the cut ──► ranks copy their state, and train on ──► ranks write ──► run: commit, prune
 
@@ -17,14 +18,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from prl import checkpoint_dir
-from prl.checkpoint_dir import CONTROLLER_FILES, GROUPS, STATE, CheckpointManifest, FileRecord
+from prl.checkpoint_dir import COLUMNS, CONTROLLER_FILES, GROUPS, STATE, CheckpointManifest, FileRecord
+from prl.columns import ColumnFolder, named_by
 from prl.compose.config import CheckpointSection
 from prl.dispatch import pending
 from prl.dispatch.buffer import BoundedQueue
@@ -32,7 +35,7 @@ from prl.dispatch.change import Change
 from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.dispatch.trainer import Trainer
-from prl.errors import RunError
+from prl.errors import CheckpointError, RunError
 from prl.ledger import facts
 from prl.ledger.writer import Ledger
 from prl.providers import RolloutScheduler
@@ -88,6 +91,8 @@ class Checkpoints:
     state: ControllerState
     pending: Callable[[], Sequence[Group]]
     """Finished groups that no step was trained on."""
+    columns: ColumnFolder
+    """Of the run."""
     ledger: Ledger
     on_saved: Callable[[int, Path], None]
     newest: int
@@ -111,8 +116,17 @@ class Checkpoints:
         cut = _Cut(step=state["step"], state=state, groups=tuple(self.pending()))
         self.ledger.record(facts.Cut(cut.step))
         self.newest, self._at, self._writing = cut.step, time.monotonic(), True
+        await self._keep_columns(cut)
         await self.trainer.save(cut.step, checkpoint_dir.partial(self._path(cut.step)))
         await self._cuts.put(cut)
+
+    async def _keep_columns(self, cut: _Cut) -> None:
+        """Before the next step is trained: the sweep that follows it may remove them."""
+        files = named_by(cut.groups)
+        if files:
+            with _writing(self._path(cut.step)):
+                folder = checkpoint_dir.partial(self._path(cut.step)) / COLUMNS
+                await asyncio.to_thread(self.columns.lend, files, folder)
 
     async def settled(self) -> None:
         """Wait until no checkpoint is being written."""
@@ -134,23 +148,31 @@ class Checkpoints:
         self.on_saved(cut.step, path)
 
     def _commit(self, path: Path, cut: _Cut, files: Mapping[str, FileRecord]) -> None:
-        try:
+        with _writing(path):
             folder = checkpoint_dir.partial(path)
+            columns = sorted(f"{COLUMNS}/{file}" for file in named_by(cut.groups))
             own = {
                 STATE: checkpoint_dir.write_json(folder / STATE, cut.state),
                 GROUPS: pending.write(folder / GROUPS, cut.groups),
+                **{name: checkpoint_dir.record_of(folder / name) for name in columns},
             }
             manifest = CheckpointManifest(
                 format=checkpoint_dir.FORMAT, step=cut.step, identity=self.identity, files={**own, **files}
             )
             checkpoint_dir.commit(path, manifest)
             checkpoint_dir.prune(self.folder, keep_last=self.section.keep_last, keep_every=self.section.keep_every)
-        except OSError as error:
-            sentence = f"the checkpoint {path} cannot be written ({error}); `prl resume` goes on from the last"
-            raise RunError(sentence) from error
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        sentence = f"the checkpoint {path} cannot be written ({error}); `prl resume` goes on from the last"
+        raise RunError(sentence) from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -165,6 +187,20 @@ class Restored:
 
 def read(path: Path) -> Restored:
     """The controller's part, verified; CheckpointError says what is wrong with it."""
-    checkpoint_dir.verify(path, checkpoint_dir.read_manifest(path), CONTROLLER_FILES)
+    manifest = checkpoint_dir.read_manifest(path)
+    checkpoint_dir.verify(path, manifest, (*CONTROLLER_FILES, *_columns(manifest)))
     state = json.loads((path / STATE).read_text())
     return Restored(state=state, chain=state["chain"], groups=pending.read(path / GROUPS))
+
+
+def restore_columns(path: Path, columns: ColumnFolder) -> None:
+    """Have the large columns of a checkpoint's groups in the run's own folder, where everybody looks for them."""
+    files = [Path(name).name for name in _columns(checkpoint_dir.read_manifest(path))]
+    try:
+        ColumnFolder(path / COLUMNS).lend(files, columns.path)
+    except OSError as error:
+        raise CheckpointError(f"the columns of checkpoint {path} cannot be put into {columns.path}: {error}") from error
+
+
+def _columns(manifest: CheckpointManifest) -> list[str]:
+    return [name for name in manifest.files if name.startswith(f"{COLUMNS}/")]

@@ -228,13 +228,9 @@ class Dispatcher:
             self.placement.cut(drop.group_id, drop.reason)
 
     def pending(self) -> list[Group]:
-        """Finished groups that no step was trained on yet: the ready ones, and those of batches formed ahead.
-
-        Groups with columns in files of the run directory are left out: those files do not outlive the run.
-        """
+        """Finished groups that no step was trained on yet: the ready ones, and those of batches formed ahead."""
         taken = [group for group_id, group in self._taken.items() if self.feed.holds(group_id)]
-        whole = [group for group in (*taken, *self.buffer.groups) if not any(r.large for r in group.rollouts)]
-        return sorted(whole, key=lambda group: group.group_id)
+        return sorted((*taken, *self.buffer.groups), key=lambda group: group.group_id)
 
     def restore(self, groups: Iterable[Group]) -> None:
         """Take up what was `pending` at a checkpoint; what is not fresh enough stays with the feed, to be redone."""
