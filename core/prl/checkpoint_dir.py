@@ -5,6 +5,7 @@
         manifest.json                step, identity of the config, size and checksum of every other file
         controller.json              written by `prl.dispatch.checkpoint`, with pending.groups
         columns/                     large columns of those groups
+        in-flight/                   what is finished of other groups (`prl.rollout.carried`)
         trainer/rank-<r>.*           written by `prl.train.checkpoint`
 
 A checksum is the crc32 that `zlib` computes, taken while the file is written: it tells what a disk or a copy did to it.
@@ -35,6 +36,8 @@ CONTROLLER_FILES = STATE, GROUPS = "controller.json", "pending.groups"
 """The controller's part of a checkpoint."""
 COLUMNS = "columns"
 """Folder of the large columns that the groups in it refer to."""
+IN_FLIGHT = "in-flight"
+"""Folder of what is finished of other groups, a file for each place where groups are rolled out."""
 _READ_BYTES = 1 << 22
 
 

@@ -34,6 +34,8 @@ from prl.messages import (
     Failed,
     GroupDone,
     Hello,
+    InFlightKept,
+    KeepInFlight,
     Publish,
     Retire,
     RunGroup,
@@ -45,7 +47,19 @@ from prl.messages import (
 )
 from prl.providers import Engine, Environment, Model, Provider, Tracker
 from prl.run_dir import RunDir, read_json
-from prl.types import Failure, Group, Manifest, Message, Rollout, Sample, Sampling, StopReason, TensorRecord, Turn
+from prl.types import (
+    Carried,
+    Failure,
+    Group,
+    Manifest,
+    Message,
+    Rollout,
+    Sample,
+    Sampling,
+    StopReason,
+    TensorRecord,
+    Turn,
+)
 from prl.wire import Connection
 from prl_bounded_staleness import BoundedStalenessConfig
 from prl_group_relative import GrpoConfig
@@ -151,6 +165,8 @@ class FakeEnvironment:
     reply: Callable[[RunGroup], Group | Failed | None] = answer
     asked: list[RunGroup] = attrs.field(factory=list)
     cancelled: list[int] = attrs.field(factory=list)
+    keep: Callable[[KeepInFlight], tuple[Carried, ...]] = lambda order: ()
+    """Writes what is finished of the groups it has not answered."""
     environments: tuple[str, ...] = ("toy",)
     pid: int = 1
 
@@ -164,8 +180,16 @@ class FakeEnvironment:
                 case Demonstrate():
                     samples = tuple(demonstration(task.index) for task in message.tasks)
                     connection.send(Demonstrations(request=message.request, samples=samples))
+                case KeepInFlight():
+                    self._keep(connection, message)
                 case Cancel():
                     self.cancelled.append(message.request)
+
+    def _keep(self, connection: Connection, order: KeepInFlight) -> None:
+        try:
+            connection.send(InFlightKept(request=order.request, groups=self.keep(order)))
+        except RuntimeError as error:
+            connection.send(Failed(error=str(error), request=order.request))
 
     def _run(self, connection: Connection, request: RunGroup) -> None:
         self.asked.append(request)

@@ -231,6 +231,9 @@ class Controller:
             await training.train(self._batches)
             await self._unless_stopped(self._progress.until_served(self._progress.trained))
             await self._unless_stopped(training.evaluator.idle())
+            if self._stopping.is_set() and self._progress.trained > training.checkpoints.newest:
+                await training.checkpoints.begin()  # what is in flight ends with the helpers
+                await training.checkpoints.kept()
             for helper in helpers:
                 helper.cancel()
 

@@ -143,7 +143,7 @@ class Assembly:
         state = self._state(progress, scheduler, self.restored)
         dispatcher = self._dispatcher(state, placement, engines)
         if self.restored is not None:
-            dispatcher.restore(self.restored.groups)
+            dispatcher.restore(self.restored.groups, self.restored.in_flight)
         return Parts(
             progress=progress,
             engines=engines,
@@ -165,7 +165,7 @@ class Assembly:
                 ledger=self.ledger,
             ),
             evaluator=self._evaluator(placement),
-            checkpoints=self._checkpoints(trainer, state, dispatcher),
+            checkpoints=self._checkpoints(trainer, state, dispatcher, environments),
             sweep=ColumnSweep(folder=ColumnFolder(self.run_dir.columns), feed=state.feed, progress=progress),
             survivors=Survivors(
                 engines=engines,
@@ -299,7 +299,9 @@ class Assembly:
             report=report,
         )
 
-    def _checkpoints(self, trainer: Trainer, state: ControllerState, dispatcher: Dispatcher) -> Checkpoints:
+    def _checkpoints(
+        self, trainer: Trainer, state: ControllerState, dispatcher: Dispatcher, environments: EnvironmentPool
+    ) -> Checkpoints:
         hooks = self.reporter.hooks
         return Checkpoints(
             folder=self.run_dir.checkpoints,
@@ -309,6 +311,7 @@ class Assembly:
             state=state,
             pending=dispatcher.pending,
             columns=ColumnFolder(self.run_dir.columns),
+            keep_in_flight=environments.keep_in_flight,
             ledger=self.ledger,
             on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
             newest=state.progress.trained,
