@@ -41,6 +41,7 @@ def planned(case: train_gpu.Case) -> Memory:
         formats=Formats(parameter=2, compute=2, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=2),
         checkpointing=case.trainer.activation_checkpointing,
         optimizer_offload=False,
+        activation_offload=case.trainer.activation_offload,
         logprob_chunk=case.trainer.logprob_chunk,
     )
     return memory(surveyed, settings, case.lengths, sampled=SAMPLED, accumulating=False)

@@ -3,6 +3,7 @@
     python benchmarks/train_gpu.py --out benchmarks/results/train_gpu.json            everything, about 20 minutes
     python benchmarks/train_gpu.py --only qwen3-0.6b/16k                              cases whose names contain it
     python benchmarks/train_gpu.py --only "slice/one document" --profile       with the kernels of a step
+    python benchmarks/train_gpu.py --only "inputs in host memory"                     checkpoints in host memory
     python benchmarks/train_gpu.py --smoke                                            tiny, on any machine
 
 prl's side is `prl.train.step.Stepper` with the DPPO loss and the adamw plugin, as a trainer rank runs it, on synthetic
@@ -92,20 +93,29 @@ def cases(smoke: bool, compiled: bool) -> Iterator[Case]:
         config = {key: value for key, value in sizes.items() if key != "vocab_size"}
         return qwen3(Qwen3Config(**config, head_dim=head_dim, tied_embeddings=True), sizes["vocab_size"])
 
-    def section(checkpointing: str, recompute: tuple[str, ...] = ()) -> TrainerSection:
+    def section(checkpointing: str, recompute: tuple[str, ...] = (), *, away: bool = False) -> TrainerSection:
         return TrainerSection(
-            activation_checkpointing=checkpointing, recompute=recompute, compile=compiled, logprob_chunk=chunk
+            activation_checkpointing=checkpointing,
+            recompute=recompute,
+            activation_offload=away,
+            compile=compiled,
+            logprob_chunk=chunk,
         )
 
     for label, total in (("16k", 16_384), ("65k", 65_536)):
         total = total // 256 if smoke else total
         packed = (total // 8,) * 8
         for documents, lengths in (("one document", (total,)), ("8 documents", packed)):
-            ways = [("none", section("none")), ("full", section("full")), ("mlp", section("selective", ("mlp",)))]
+            ways = [
+                ("none", section("none")),
+                ("full", section("full")),
+                ("full, inputs in host memory", section("full", away=True)),
+                ("mlp", section("selective", ("mlp",))),
+            ]
             for way, trainer in ways:
                 name = f"qwen3-0.6b/{label}/{documents}/checkpointing {way}"
                 yield Case(name=f"{name}/prl", build=dense, lengths=lengths, trainer=trainer)
-                if documents == "one document" and way != "mlp":
+                if documents == "one document" and way in ("none", "full"):
                     yield Case(
                         name=f"{name}/transformers", build=dense, lengths=lengths, trainer=trainer, loop="transformers"
                     )
@@ -120,14 +130,19 @@ def cases(smoke: bool, compiled: bool) -> Iterator[Case]:
     documents = {f"{count} documents": (length,) * count, f"one document of {length * count}": (length * count,)}
     for family, build, note in slices:
         for packing, lengths in documents.items():
-            for way, topk in (("none", False), ("full", False), ("full", True)):
+            for way, away, topk in (
+                ("none", False, False),
+                ("full", False, False),
+                ("full, inputs in host memory", True, False),
+                ("full", False, True),
+            ):
                 if topk and (family != "glm-5.1" or len(lengths) > 1):
                     continue
                 yield Case(
                     name=f"{family} slice/{packing}/checkpointing {way}{' packed_topk' * topk}/prl",
                     build=build,
                     lengths=lengths,
-                    trainer=section(way),
+                    trainer=section(way.partition(",")[0], away=away),
                     note=f"true widths, fewer layers: {note}",
                     packed_topk=topk,
                 )

@@ -59,6 +59,7 @@ def test_text_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
         (["--sweep", "pipeline=2"], "pipeline=2: expected one of replicate, shard, context, expert"),
         (["--compute", "float8"], "--compute float8: expected bfloat16 or float32"),
         (["--sampled", "2"], "rollouts: 'sampled' must be <= 1.0: 2.0"),
+        (["--offload-activations"], "--offload-activations: is for activation checkpointing; add --checkpointing full"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

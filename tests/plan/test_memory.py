@@ -98,3 +98,13 @@ def test_checkpointing_keeps_a_row_a_layer_and_offload_moves_the_state_to_the_ho
     assert layers * row <= lean.kept < (layers + 4) * row
     assert (lean.optimizer, lean.host) == (0, plain.optimizer)
     assert lean.peak < plain.peak
+
+
+def test_inputs_of_layers_wait_in_host_memory_but_for_two() -> None:
+    model = surveyed("qwen3")
+    here = memory(model, attrs.evolve(settings(), checkpointing="full"), LENGTHS, sampled=1.0)
+    away = memory(model, attrs.evolve(settings(), checkpointing="full", activation_offload=True), LENGTHS, sampled=1.0)
+    layers = sum(len(kind.layers) for kind in model.kinds)
+    row = sum(LENGTHS) * model.hidden_size * 4
+    assert (here.host_activations, away.host_activations) == (0, layers * row)
+    assert here.kept - away.kept == (layers - 2) * row

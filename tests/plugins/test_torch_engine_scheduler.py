@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from prl.blocks.context import Context
+from prl.blocks.decoder import Decoder
 from prl.errors import InfrastructureError
 from prl.types import StopReason
 
-from tests.plugins.tiny_engine import STOP, VOCAB, chosen, finish, reference_logprobs, request, scheduler, tiny_model
+from tests.plugins.tiny_engine import (
+    STOP,
+    VOCAB,
+    chosen,
+    finish,
+    recurrent_model,
+    reference_logprobs,
+    request,
+    scheduler,
+    tiny_model,
+)
 
 PROMPTS = [[2, 3, 4], [5], [7, 8, 9, 10, 11, 12, 13, 14, 15], [6, 6], [20, 21, 22, 23, 24]]
 
@@ -201,3 +214,22 @@ def test_abort_of_a_request_that_waits_or_whose_prompt_is_being_computed() -> No
     assert [[len(c.tokens) for c in r.completions] for r in results] == [[0], [0, 0]]
     assert not engine.busy
     assert len(finish(engine, request("next", [2, 3]))["next"].completions[0].tokens) == 12
+
+
+@pytest.mark.parametrize("make", [tiny_model, recurrent_model])
+@torch.inference_mode()
+def test_a_prompt_that_saw_an_update_is_computed_by_the_new_weights_alone(make: Callable[[int], Decoder]) -> None:
+    model, new = make(0), make(1)
+    engine = scheduler(model, prefill_tokens=3)
+    finish(engine, request("before", PROMPTS[2], max_tokens=1))
+    long = [*PROMPTS[2], *PROMPTS[4]]
+    engine.add(request("r", long, max_tokens=6))
+    engine.step()
+    model.load_state_dict(new.state_dict())
+    engine.set_version(1)
+    result = finish(engine)["r"]
+    (completion,) = result.completions
+    assert completion.versions.tolist() == [1] * 6
+    assert (result.reused_tokens, engine.reused_tokens) == (0, 0)
+    rows = reference_logprobs(new, long, completion)
+    np.testing.assert_allclose(completion.logprobs, chosen(rows, completion), atol=1e-5)

@@ -54,6 +54,14 @@ def test_ranks_of_a_context_group_are_neighbours():
             {"recompute": ("mlp",)},
             ("trainer.recompute", 'is for activation_checkpointing = "selective", which is "none"'),
         ),
+        (
+            {"activation_offload": True},
+            (
+                "trainer.activation_offload",
+                'moves what recomputed layers begin with: set trainer.activation_checkpointing to "full" or '
+                '"selective"',
+            ),
+        ),
     ],
 )
 def test_what_cannot_be(section, expected):

@@ -6,6 +6,7 @@ Model plugins compose it; trainer and engine call it as `prl.providers.LanguageM
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol, cast, runtime_checkable
 
 import attrs
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prl.blocks.context import Context
+from prl.blocks.host_memory import HostMemory
 from prl.blocks.linear import Linear
 from prl.blocks.norm import RMSNorm
 
@@ -54,12 +56,6 @@ class Sublayer:
 ALL = "all"
 
 
-def _again_in_backward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Nothing in a layer draws random numbers, so no generator's state is kept."""
-    output: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return output
-
-
 class Layer(nn.Module):
     """Pre-norm residual sublayers, in order: two for a transformer, one for a hybrid of single mixers."""
 
@@ -68,6 +64,8 @@ class Layer(nn.Module):
         self.order = [(sublayer.norm_name, sublayer.mixer_name) for sublayer in sublayers]
         self.recompute: frozenset[str] = frozenset()
         """What the backward pass computes again instead of the forward pass keeping it: kinds of mixers, or `ALL`."""
+        self.host: HostMemory | None = None
+        """Where the inputs of what is computed again wait for the backward pass; None: on the device."""
         self._run: Callable[[Tensor, Context, int], Tensor] = self.mix
         self._compiled = False
         for sublayer in sublayers:
@@ -79,14 +77,14 @@ class Layer(nn.Module):
         if self._compiled:
             self._prepare(x, context)
         if ALL in self.recompute and torch.is_grad_enabled():
-            return _again_in_backward(self._run, x, context, layer_index)
+            return self._again_in_backward(self._run, x, context, layer_index)
         return self._run(x, context, layer_index)
 
     def mix(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """One sublayer after the other."""
         for norm, mixer in self.order:
             if getattr(getattr(self, mixer), "kind", "") in self.recompute and torch.is_grad_enabled():
-                x = _again_in_backward(self._sublayer, norm, mixer, x, context, layer_index)
+                x = self._again_in_backward(self._sublayer, norm, mixer, x, context, layer_index)
             else:
                 x = self._sublayer(norm, mixer, x, context, layer_index)
         return x
@@ -94,6 +92,12 @@ class Layer(nn.Module):
     def _sublayer(self, norm: str, mixer: str, x: Tensor, context: Context, layer_index: int) -> Tensor:
         added: Tensor = x + getattr(self, mixer)(getattr(self, norm)(x), context, layer_index)
         return added
+
+    def _again_in_backward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Nothing in a layer draws random numbers, so no generator's state is kept."""
+        with nullcontext() if self.host is None else self.host.keeping():
+            output: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return output
 
     def mixers(self) -> Iterator[nn.Module]:
         """In order."""

@@ -33,6 +33,9 @@ def register(subparsers: Any) -> None:
     )
     layout.add_argument("--checkpointing", choices=("none", "full"), help="of activations, if not the config's")
     layout.add_argument("--offload", action="store_true", help="optimizer state in host memory")
+    layout.add_argument(
+        "--offload-activations", action="store_true", help="layers' inputs in host memory, with --checkpointing full"
+    )
     layout.add_argument("--compute", default="bfloat16", metavar="DTYPE", help="of products (default bfloat16)")
     devices = parser.add_argument_group("devices")
     devices.add_argument("--device", default="h200", metavar="KEY", help="of the table (default h200)")
@@ -63,13 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     composition = compose(arguments.config, plugins=arguments.plugins, overrides=arguments.set, probe=False)
     config = composition.run
+    checkpointing = checkpointing_of(config, arguments.checkpointing)
+    if arguments.offload_activations and checkpointing != "full":
+        raise UserError("--offload-activations: is for activation checkpointing; add --checkpointing full")
     options = Options(
         device=named(arguments.device),
         fleet=fleet_of(config, arguments.engine_devices),
         rollouts=rollouts_of(arguments),
         compute=_dtype(arguments.compute),
-        checkpointing=checkpointing_of(config, arguments.checkpointing),
+        checkpointing=checkpointing,
         optimizer_offload=arguments.offload or config.trainer.optimizer_offload,
+        activation_offload=arguments.offload_activations or config.trainer.activation_offload,
     )
     layout, swept = layout_of(config, arguments.layout), axes(arguments.sweep)
     studied = study(composition, options)

@@ -232,6 +232,9 @@ class TrainerSection:
     recompute: tuple[Literal["attention", "mlp", "experts", "mamba"], ...] = option(
         (), help="which parts of layers, under selective"
     )
+    activation_offload: bool = option(
+        False, help="keep what the recomputed parts are computed from in host memory until the backward pass"
+    )
     compile: bool = option(False, help="compile every layer (torch.compile)")
     optimizer_offload: bool = option(False, help="keep the optimizer's state in host memory between steps")
     initial_weights: str = option("", help="folder with Hugging Face safetensors to start from; empty: random")

@@ -74,7 +74,7 @@ def _memory_rows(memory: Memory, study: Study) -> Rows:
         ("gradients", memory.gradients, "its shard"),
         ("optimizer", memory.optimizer, f"{_gb(memory.host)} more in host memory" if memory.host else "its shard"),
         ("gathered", memory.gathered, "whole layers, embedding and head, and their gradients, while they are needed"),
-        ("kept", memory.kept, f"activations; checkpointing: {study.options.checkpointing}"),
+        ("kept", memory.kept, f"activations; checkpointing: {study.options.checkpointing}{_away(memory)}"),
         ("working", memory.working, "of the largest layer"),
     ]
     rows = [[name, _gb(size), note] for name, size, note in held]
@@ -83,6 +83,10 @@ def _memory_rows(memory: Memory, study: Study) -> Rows:
         [f"most in {phase}", _gb(size), f"{size / budget:.0%} of {_gb(budget)}"]
         for phase, size in memory.phases.items()
     ]
+
+
+def _away(memory: Memory) -> str:
+    return f", {_gb(memory.host_activations)} more in host memory" if memory.host_activations else ""
 
 
 def _time_rows(time: StepTime) -> Rows:

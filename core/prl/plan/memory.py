@@ -6,7 +6,7 @@
     working     what one layer, or the head, needs beside that
 
 A single rank gathers nothing. Under full activation checkpointing a layer keeps its input alone and computes the rest
-again; the largest layer's whole backward pass is then part of `working`.
+again; the largest layer's whole backward pass is then part of `working`. Those inputs may wait in host memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ Checkpointing: TypeAlias = Literal["none", "full"]
 
 REDUCE_BYTES = 4
 """Gradients are summed over ranks in float32."""
+_ON_THE_WAY = 2
+"""Layers' inputs that are on the device although they wait in host memory: one is computed with, one comes or goes."""
 _INDEX_BUFFER = 2**30
 """Of index scores at one time, by a kernel that selects block by block."""
 
@@ -52,6 +54,8 @@ class Settings:
     formats: Formats
     checkpointing: Checkpointing
     optimizer_offload: bool
+    activation_offload: bool = False
+    """Layers' inputs in host memory; with full checkpointing."""
     logprob_chunk: int
 
 
@@ -65,6 +69,8 @@ class Memory:
     """On the device; 0 when it is offloaded."""
     host: int
     """Optimizer state in host memory."""
+    host_activations: int
+    """Layers' inputs in host memory."""
     gathered: int
     kept: int
     scored: int
@@ -143,6 +149,9 @@ def memory(
     units = _units(survey, settings)
     each_kept = [_kept(footprint, row, settings) for footprint in layers]
     kept = shared + ends.saved + sum(len(k.layers) * n for k, n in zip(survey.kinds, each_kept, strict=True))
+    away = activations_away(survey, settings, tokens)
+    if away:
+        kept += _ON_THE_WAY * row
     static = parameters + optimizer + units.root + (gradients if accumulating else 0)
     chosen = row * scored // tokens  # hidden states of the scored tokens, copied together
     phases = {
@@ -160,6 +169,7 @@ def memory(
         gradients=gradients,
         optimizer=optimizer,
         host=state if settings.optimizer_offload else 0,
+        host_activations=away,
         gathered=units.root + units.gathered + units.gradients + units.head_gradient,
         kept=kept,
         scored=chosen + head.saved,
@@ -171,8 +181,16 @@ def memory(
 def _kept(footprint: Footprint, row: int, settings: Settings) -> int:
     """From one layer's forward to its backward."""
     if settings.checkpointing == "full":
-        return row
+        return 0 if settings.activation_offload else row
     return footprint.saved + (row if footprint.keeps_input else 0)
+
+
+def activations_away(survey: Survey, settings: Settings, tokens: int) -> int:
+    """Bytes of activations in host memory when the forward pass of a rank's `tokens` tokens is done."""
+    if settings.checkpointing != "full" or not settings.activation_offload:
+        return 0
+    layers = sum(len(kind.layers) for kind in survey.kinds)
+    return layers * tokens * survey.hidden_size * settings.formats.compute
 
 
 def _working(footprint: Footprint, settings: Settings) -> int:

@@ -38,6 +38,7 @@ class Options:
     """Name of the dtype that products are computed in."""
     checkpointing: Checkpointing
     optimizer_offload: bool
+    activation_offload: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -130,6 +131,7 @@ class Study:
             formats=self.formats,
             checkpointing=self.options.checkpointing,
             optimizer_offload=self.options.optimizer_offload,
+            activation_offload=self.options.activation_offload,
             logprob_chunk=self.composition.run.trainer.logprob_chunk,
         )
 

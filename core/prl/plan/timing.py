@@ -1,7 +1,7 @@
 """Seconds of a training step: FLOPs by kind of work, bytes, and what others hold up.
 
 What is not modelled is named where it is shown: kernels reach their measured rates at every shape, exchanges do not
-slow kernels down, and only parameters are fetched while something computes.
+slow kernels down, and only parameters, and activations in host memory, are fetched while something computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import attrs
 
 from prl.plan.devices import Device, Rates
 from prl.plan.exchange import exchanges, replicate
-from prl.plan.memory import Memory, Settings
+from prl.plan.memory import Memory, Settings, activations_away
 from prl.plan.workload import part
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class StepTime:
     parts: Mapping[str, float]
     """What the slowest rank's seconds go to; they add up to the step."""
     exchanged: Mapping[str, float]
-    """Axis -> bytes a rank receives."""
+    """Axis -> bytes a rank receives; `host`: activations that go to host memory and come back."""
     flops: Mapping[str, float]
     """Kind of work -> operations of the whole step over all ranks, with what is computed again."""
     model_flops: float
@@ -77,6 +77,9 @@ def step_time(
             _add(exchanged, {axis: exchange.bytes})
             hidden = computing if axis == "shard" else 0.0
             _add(parts, {f"exchange: {axis}": max(0.0, exchange.seconds - hidden)})
+        away = 2 * activations_away(survey, settings, -(-sum(together[slowest]) // settings.layout.context))
+        _add(exchanged, {"host": away})
+        _add(parts, {"exchange: host": max(0.0, away / rates.host - computing)})
     copies = replicate(memory.gradients, settings.layout, rates)
     _add(exchanged, {"replicate": copies.bytes})
     _add(parts, {"exchange: replicate": copies.seconds, "optimizer": _optimizer(memory, rates)})

@@ -1,4 +1,4 @@
-"""What a run asks of a model's layers: what to compute again in the backward pass, and to be compiled."""
+"""What a run asks of a model's layers: what to compute again in the backward pass, from where, and what to compile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prl.blocks.decoder import ALL, Layer
+from prl.blocks.host_memory import HostMemory
 from prl.blocks.moe import MixtureOfExperts
 from prl.compose.config import TrainerSection
 from prl.errors import UserError
@@ -20,9 +21,10 @@ def apply(model: nn.Module, trainer: TrainerSection) -> None:
         # Layers of several kinds share their code, and torch gives up on code it has compiled too often.
         count = len(list(model.get_submodule("layers").children()))
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * count)
+    host = HostMemory() if trainer.activation_offload else None
     if again or trainer.compile:
         for layer in _layers(model):
-            layer.recompute = frozenset(again)
+            layer.recompute, layer.host = frozenset(again), host
             if trainer.compile and _can_be_compiled(layer):
                 layer.compile_mix()
 

@@ -98,5 +98,10 @@ def problems(trainer: TrainerSection) -> Iterator[Problem]:
             "trainer.recompute",
             f'is for activation_checkpointing = "selective", which is "{trainer.activation_checkpointing}"',
         )
+    if trainer.activation_offload and trainer.activation_checkpointing == "none":
+        yield Problem(
+            "trainer.activation_offload",
+            'moves what recomputed layers begin with: set trainer.activation_checkpointing to "full" or "selective"',
+        )
     if trainer.ranks > 1 and find_spec("torchtitan") is None:
         yield Problem("trainer.ranks", f"more than one rank needs torchtitan, which is not installed: {REMEDY}")

@@ -108,13 +108,24 @@ class Scheduler:
         return True
 
     def set_version(self, version: int) -> None:
-        """The weights were replaced. Sequences go on with the keys and values they have; new ones do not use them."""
+        """The weights were replaced. Sequences go on with the keys and values they have; new ones do not use them, and
+        prompts being computed begin again: what is sampled after them counts as the new version's alone."""
         self.rows.generation += 1
+        for job in self._jobs:
+            self._begin_again(job)
         self.version = version
         if self.rows.routes is not None:
             self.rows.routes.version = version
         for row, sequence in enumerate(self.batch.sequences):
             sequence.spans.append((self.batch.sampled(row), version))
+
+    def _begin_again(self, job: Job) -> None:
+        job.done = 0
+        self.rows.past[job.row] = 0
+        self.rows.stamps[job.row] = self.rows.generation
+        if not job.members.start:
+            self.reused_tokens -= job.pending.reused
+            job.pending.reused = 0
 
     def take(self) -> tuple[list[Result], list[Progress]]:
         """What finished, and what streaming requests have, since the last call."""

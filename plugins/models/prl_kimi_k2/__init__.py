@@ -7,36 +7,18 @@ are no part of the network; checkpoints keep them (`WeightMap.carried`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import attrs
-from attrs import validators
 from prl import hookimpl, option
-from prl.compose.config import ModelConfig
+from prl.families.deepseek_v3 import DeepSeekV3Config
 from prl.providers import Model
 
 from prl_kimi_k2.render import SPECIAL_TOKENS, KimiK2Format
 
-_positive = validators.optional(validators.gt(0))
-
 
 @attrs.frozen(kw_only=True)
-class KimiConfig(ModelConfig):
+class KimiConfig(DeepSeekV3Config):
     """What the `[model]` sections of this family share."""
-
-    size: Literal["toy", "full"] = option("toy", help="toy: trains on a CPU; full: as published")
-    checkpoint: str = option("", help="folder with a Hugging Face config.json that gives every size, instead of `size`")
-    layers: int | None = option(None, help="number of layers, if not the size's", validator=_positive)
-    hidden_size: int | None = option(None, help="width of the residual stream, if not the size's", validator=_positive)
-    experts: int | None = option(None, help="experts of a layer, if not the size's", validator=_positive)
-    experts_per_token: int | None = option(
-        None, help="experts each token is sent to, if not the size's", validator=_positive
-    )
-    expert_intermediate_size: int | None = option(
-        None, help="width of one expert, if not the size's", validator=_positive
-    )
-    kv_rank: int | None = option(None, help="width of latent keys and values, if not the size's", validator=_positive)
-    rope_dim: int | None = option(None, help="width of a head's rotated part, if not the size's", validator=_positive)
 
 
 @attrs.frozen(kw_only=True)

@@ -8,37 +8,24 @@ network; checkpoints keep it (`WeightMap.carried`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import attrs
 from attrs import validators
 from prl import hookimpl, option
-from prl.compose.config import ModelConfig
+from prl.families.moe import MoeConfig
 from prl.providers import Model
 
 from prl_nemotron3.render import SPECIAL_TOKENS
 
-_positive = validators.optional(validators.gt(0))
-
 
 @attrs.frozen(kw_only=True)
-class NemotronConfig(ModelConfig):
+class NemotronConfig(MoeConfig):
     """What the `[model]` sections of this family share."""
 
-    size: Literal["toy", "full"] = option("toy", help="toy: trains on a CPU; full: as published")
-    checkpoint: str = option("", help="folder with a Hugging Face config.json that gives every size, instead of `size`")
     pattern: str = option(
         "",
         help="a letter per layer, if not the size's: M Mamba-2, * attention, E experts",
         validator=validators.matches_re(r"[ME*]*"),
-    )
-    hidden_size: int | None = option(None, help="width of the residual stream, if not the size's", validator=_positive)
-    experts: int | None = option(None, help="experts of a layer, if not the size's", validator=_positive)
-    experts_per_token: int | None = option(
-        None, help="experts each token is sent to, if not the size's", validator=_positive
-    )
-    expert_intermediate_size: int | None = option(
-        None, help="width of one expert, if not the size's", validator=_positive
     )
     thinking: bool = option(True, help="the assistant is invited to reason first")
 

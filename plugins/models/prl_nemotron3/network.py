@@ -11,7 +11,8 @@ from prl.blocks.norm import RMSNorm
 from torch import nn
 
 from prl_nemotron3 import NemotronConfig
-from prl_nemotron3.sizes import Sizes, resolve
+from prl_nemotron3.published import Sizes
+from prl_nemotron3.sizes import resolve
 
 
 def build(config: NemotronConfig, vocab_size: int) -> Decoder:

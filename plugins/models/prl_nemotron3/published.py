@@ -1,16 +1,40 @@
-"""Nemotron-3's config.json, both ways. Imports no torch."""
+"""What a Nemotron-3 is made of, and its config.json, both ways. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prl import checkpoint_config
+import attrs
 from prl.errors import UserError
+from prl.families import config_json, moe
+from prl.families.moe import MoeSizes
 
-if TYPE_CHECKING:
-    from prl_nemotron3.sizes import Sizes
+
+@attrs.frozen(kw_only=True)
+class Sizes(MoeSizes):
+    """Every number of the architecture."""
+
+    vocab_size: int = 131_072
+    pattern: str
+    """A letter per layer: M Mamba-2, * attention, E experts."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mamba_heads: int
+    mamba_head_dim: int = 64
+    mamba_groups: int = 8
+    mamba_state: int = 128
+    mamba_kernel: int = 4
+    mamba_chunk: int = 128
+    shared_intermediate_size: int
+    latent_size: int | None
+    """Width the experts work on; None: the residual stream's."""
+    norm_eps: float = 1e-5
+    prediction_layers: int
+    """Blocks that predict further tokens, which checkpoints keep under `mtp.`"""
+
 
 _POSITIONS = 262_144
 _KEYS = {
@@ -32,9 +56,18 @@ _KEYS = {
     "routed_scale": "routed_scaling_factor",
     "norm_eps": "layer_norm_epsilon",
 }
+_MAMBA = {
+    "expand": 2,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "mamba_ssm_cache_dtype": "float32",
+    "use_conv_bias": True,
+    "use_bias": False,
+}
+"""`mamba_ssm_cache_dtype`: what an engine keeps the state in; less than float32 drifts from the trainer."""
 _LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E"}
 """Layers as published configs name them, and as transformers 5 does."""
-NOT_COMPARED = (
+_NOT_COMPARED = (
     "architectures",
     "hybrid_override_pattern",
     "intermediate_size",
@@ -47,20 +80,17 @@ NOT_COMPARED = (
 """Keys of `to_json` that another config.json may write otherwise, or leave to the plugin."""
 
 
-def read(folder: str) -> tuple[dict[str, Any], Callable[[Sizes], None]]:
-    """The fields of `Sizes`, and a check of what else the file asks for, to be called with these sizes."""
-    file, stored = checkpoint_config.read(folder)
-    fields = checkpoint_config.sizes(file, stored, _KEYS)
-    fields |= {
-        "pattern": _pattern(file, stored),
-        "latent_size": stored.get("moe_latent_size"),
-        "prediction_layers": stored.get("num_nextn_predict_layers") or 0,
-    }
-
-    def check(sizes: Sizes) -> None:
-        checkpoint_config.check(file, stored, to_json(sizes), except_for=NOT_COMPARED)
-
-    return fields, check
+def read(folder: str) -> Sizes:
+    """The sizes in a folder's config.json; UserError when it asks for more than there is."""
+    file, stored = config_json.read(folder)
+    sizes = Sizes(
+        **config_json.sizes(file, stored, _KEYS),
+        pattern=_pattern(file, stored),
+        latent_size=stored.get("moe_latent_size"),
+        prediction_layers=stored.get("num_nextn_predict_layers") or 0,
+    )
+    config_json.check(file, stored, to_json(sizes), except_for=_NOT_COMPARED)
+    return sizes
 
 
 def _pattern(file: Path, stored: Mapping[str, Any]) -> str:
@@ -82,60 +112,20 @@ def to_json(sizes: Sizes) -> Mapping[str, Any]:
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.hidden_size,
+        **config_json.written(sizes, _KEYS),
         "num_hidden_layers": len(sizes.pattern),
         "hybrid_override_pattern": sizes.pattern,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "layer_norm_epsilon": sizes.norm_eps,
         "norm_eps": sizes.norm_eps,
         "max_position_embeddings": _POSITIONS,
         "num_nextn_predict_layers": sizes.prediction_layers,
         "tie_word_embeddings": False,
-        **_mamba(sizes),
-        **_experts(sizes),
-    }
-
-
-def _mamba(sizes: Sizes) -> Mapping[str, Any]:
-    """`mamba_ssm_cache_dtype`: what an engine keeps the state in; less than float32 drifts from the trainer."""
-    return {
-        "mamba_num_heads": sizes.mamba_heads,
-        "mamba_head_dim": sizes.mamba_head_dim,
-        "n_groups": sizes.mamba_groups,
-        "ssm_state_size": sizes.mamba_state,
-        "conv_kernel": sizes.mamba_kernel,
-        "chunk_size": sizes.mamba_chunk,
-        "expand": 2,
-        "mamba_hidden_act": "silu",
-        "mamba_proj_bias": False,
-        "mamba_ssm_cache_dtype": "float32",
-        "use_conv_bias": True,
-        "use_bias": False,
-    }
-
-
-def _experts(sizes: Sizes) -> Mapping[str, Any]:
-    """`intermediate_size` is for layers of dense MLPs, of which there are none."""
-    return {
-        "n_routed_experts": sizes.experts,
-        "num_experts_per_tok": sizes.experts_per_token,
+        **_MAMBA,
         "n_shared_experts": 1,
-        "intermediate_size": sizes.expert_intermediate_size,
-        "moe_intermediate_size": sizes.expert_intermediate_size,
-        "moe_shared_expert_intermediate_size": sizes.shared_intermediate_size,
+        "intermediate_size": sizes.expert_intermediate_size,  # of dense MLPs, of which there are none
         "moe_latent_size": sizes.latent_size,
-        "n_group": 1,
-        "topk_group": 1,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": sizes.routed_scale,
-        "moe_router_dtype": "float32",
+        **moe.SIGMOID_ROUTER,
         "mlp_hidden_act": "relu2",
         "mlp_bias": False,
     }

@@ -1,46 +1,14 @@
-"""What a Nemotron-3 is made of, as published or as a toy. Imports no torch."""
+"""The sizes of a Nemotron-3, as published or as a toy, and what they allow. Imports no torch."""
 
 from __future__ import annotations
 
 import attrs
 from prl.compose.routing import Routing
-from prl.errors import UserError
+from prl.families import moe
 from prl.providers import Limit
 
 from prl_nemotron3 import NanoConfig, NemotronConfig, SuperConfig, UltraConfig, published
-
-
-@attrs.frozen(kw_only=True)
-class Sizes:
-    """Every number of the architecture."""
-
-    vocab_size: int = 131_072
-    """0 in a toy: as many as the tokenizer has."""
-    hidden_size: int
-    pattern: str
-    """A letter per layer: M Mamba-2, * attention, E experts."""
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mamba_heads: int
-    mamba_head_dim: int = 64
-    mamba_groups: int = 8
-    mamba_state: int = 128
-    mamba_kernel: int = 4
-    mamba_chunk: int = 128
-    experts: int
-    experts_per_token: int
-    expert_intermediate_size: int
-    shared_intermediate_size: int
-    latent_size: int | None
-    """Width the experts work on; None: the residual stream's."""
-    routed_scale: float
-    norm_eps: float = 1e-5
-    prediction_layers: int
-    """Blocks that predict further tokens, which checkpoints keep under `mtp.`"""
-    deviation: float = 0.02
-    """Of fresh weights."""
-
+from prl_nemotron3.published import Sizes
 
 ULTRA = Sizes(
     hidden_size=8192,
@@ -110,14 +78,6 @@ TOY = Sizes(
 )
 FULL: dict[type[NemotronConfig], Sizes] = {NanoConfig: NANO, SuperConfig: SUPER, UltraConfig: ULTRA}
 _TOY_NANO = attrs.evolve(TOY, latent_size=None, routed_scale=NANO.routed_scale)
-_OVERRIDES = ("hidden_size", "experts", "experts_per_token", "expert_intermediate_size")
-
-
-def _read(folder: str) -> Sizes:
-    fields, check = published.read(folder)
-    sizes = Sizes(**fields)
-    check(sizes)
-    return sizes
 
 
 def _named(config: NemotronConfig) -> Sizes:
@@ -128,29 +88,14 @@ def _named(config: NemotronConfig) -> Sizes:
 
 def resolve(config: NemotronConfig, vocab_size: int) -> Sizes:
     """The sizes a config asks for, with a vocabulary of at least the tokenizer's `vocab_size`."""
-    sizes = _read(config.checkpoint) if config.checkpoint else _named(config)
-    if sizes.vocab_size and sizes.vocab_size < vocab_size:
-        named = f"model.checkpoint {config.checkpoint!r}" if config.checkpoint else f'model.size "{config.size}"'
-        raise UserError(
-            f"{named} has {sizes.vocab_size} tokens, but the tokenizer has {vocab_size}: use the tokenizer of the "
-            "published model"
-        )
-    given = {name: value for name in _OVERRIDES if (value := getattr(config, name)) is not None}
-    pattern = config.pattern or sizes.pattern
-    sizes = attrs.evolve(sizes, vocab_size=sizes.vocab_size or vocab_size, pattern=pattern, **given)
-    if sizes.experts_per_token > sizes.experts:
-        raise UserError(f"model.experts_per_token must be <= {sizes.experts} experts: {sizes.experts_per_token}")
-    return sizes
+    sizes = published.read(config.checkpoint) if config.checkpoint else _named(config)
+    return moe.resolve(config, sizes, vocab_size)
 
 
 def routing(config: NemotronConfig) -> Routing:
     """The layers that the pattern calls E."""
     sizes = resolve(config, 0)
-    return Routing(
-        layers=tuple(f"layers.{index}" for index, letter in enumerate(sizes.pattern) if letter == "E"),
-        experts=sizes.experts,
-        experts_per_token=sizes.experts_per_token,
-    )
+    return moe.routing(sizes, (index for index, letter in enumerate(sizes.pattern) if letter == "E"))
 
 
 def limits(config: NemotronConfig, vocab_size: int) -> list[Limit]:

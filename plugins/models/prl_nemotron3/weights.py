@@ -5,8 +5,8 @@ from __future__ import annotations
 from prl.blocks.weight_map import ExpertStack, ListedWeightMap, Operation, Rows
 
 from prl_nemotron3 import NemotronConfig
-from prl_nemotron3.published import to_json
-from prl_nemotron3.sizes import Sizes, resolve
+from prl_nemotron3.published import Sizes, to_json
+from prl_nemotron3.sizes import resolve
 
 _PREFIXES = {
     "": "backbone.",

@@ -86,20 +86,23 @@ ROUTINGS: dict[str, Routing] = {
 WAYS = {
     "none": TrainerSection(),
     "full": TrainerSection(activation_checkpointing="full"),
-    "selective": TrainerSection(activation_checkpointing="selective", recompute=("attention", "experts", "mamba")),
+    "away": TrainerSection(activation_checkpointing="full", activation_offload=True),
+    "selective": TrainerSection(
+        activation_checkpointing="selective", recompute=("attention", "experts", "mamba"), activation_offload=True
+    ),
 }
 MESHES: dict[int, list[tuple[Layout, str]]] = {
     2: [
         (Layout(shard=2), "none"),
-        (Layout(replicate=2), "full"),
+        (Layout(replicate=2), "away"),
         (Layout(context=2), "selective"),
         (Layout(shard=2, expert=2), "full"),
         (Layout(context=2, expert=2, divides_heads=False), "none"),
     ],
     4: [
         (Layout(context=4, expert=2), "none"),
-        (Layout(shard=2, context=2, expert=4), "full"),
-        (Layout(replicate=2, shard=2, expert=2), "none"),
+        (Layout(shard=2, context=2, expert=4), "away"),
+        (Layout(replicate=2, shard=2, expert=2), "away"),
         (Layout(replicate=2, context=2), "none"),
     ],
 }

@@ -38,6 +38,11 @@ def sizes(file: Path, stored: Mapping[str, Any], keys: Mapping[str, str]) -> dic
     return {field: stored[key] for field, key in keys.items()}
 
 
+def written(sizes: Any, keys: Mapping[str, str]) -> dict[str, Any]:
+    """The reverse of `sizes`: key -> the value of that field of `sizes`."""
+    return {key: getattr(sizes, field) for field, key in keys.items()}
+
+
 def check(file: Path, stored: Mapping[str, Any], written: Mapping[str, Any], *, except_for: tuple[str, ...]) -> None:
     """UserError unless `stored` says, where it says something, what prl would write for the same model."""
     differing = [
