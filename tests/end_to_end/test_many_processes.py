@@ -88,7 +88,7 @@ def deaths(tmp_path_factory: pytest.TempPathFactory, cispo: Path) -> Iterator[di
 
 @pytest.fixture(scope="module")
 def rank_killed(deaths: dict[str, Death]) -> Death:
-    """Several of everything, a conversation of several turns, weights from both ranks to both engines; then a trainer rank dies."""
+    """Several of everything, conversations of several turns, weights over process groups; then a trainer rank dies."""
     return deaths["trainer-rank"]
 
 
