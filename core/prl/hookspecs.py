@@ -11,7 +11,7 @@ only would deadlock a collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from prl.providers import (
     Environment,
     Kernel,
     Launcher,
+    Limit,
     Loss,
     Model,
     Optimizer,
@@ -115,8 +116,11 @@ def prl_launchers() -> Iterable[Launcher]:
 
 # --- what a plugin checks ---------------------------------------------------------------------------------------------
 @hookspec
-def prl_validate(run: Run) -> Iterable[str]:
-    """Problems across sections, one sentence each, collected and shown together; runs where the run is composed."""
+def prl_validate(run: Run, limits: Sequence[Limit]) -> Iterable[str]:
+    """Problems across sections, one sentence each, collected and shown together; runs where the run is composed.
+
+    `limits` are what the run's model says about how far it can be spread; none where it says nothing.
+    """
     raise NotImplementedError
 
 

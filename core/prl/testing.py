@@ -18,8 +18,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from prl.providers import LossFunction, LossOutput
+from prl.errors import InfrastructureError
+from prl.providers import LossFunction, LossOutput, WeightReceiver, WeightSender
 from prl.train.streams import LossBatch
+from prl.types import Manifest
 
 
 def loss_inputs(
@@ -64,6 +66,32 @@ def check_loss(
     _check_extremes(function, inputs)
     if on_policy_gradient:
         _check_on_policy_gradient(function, inputs)
+
+
+def check_weight_transport(send: Callable[[int], WeightSender], receiver: WeightReceiver) -> None:
+    """Assert the contract of a weight transport (`prl.providers.WeightTransport`).
+
+    `send(rank)` is the sender of a trainer rank; two of them send a version in two parts.
+    """
+    senders = [send(0), send(1)]
+    parts = [_sent(sender, rank, version=1) for rank, sender in enumerate(senders)]
+    manifest = Manifest(version=1, parts=tuple(part for manifest in parts for part in manifest.parts))
+    expected = {**_weights(0, 1), **_weights(1, 1)}
+    for _ in range(2):
+        _check_fetched(dict(receiver.fetch(manifest)), expected)
+    kept = dict(receiver.fetch(manifest))
+    next(kept[name] for name in kept if kept[name].numel()).zero_()  # what an engine does with them is its own affair
+    _check_fetched(dict(receiver.fetch(manifest)), expected)
+    again = senders[0].send(1, _weights(0, 9).items())
+    _check_fetched(dict(receiver.fetch(again)), _weights(0, 9))
+    newer = _sent(senders[0], 0, version=2)
+    senders[0].retire(1)
+    senders[0].retire(1)
+    _check_fetched(dict(receiver.fetch(newer)), _weights(0, 2))
+    _check_gone(receiver, again)
+    for sender in senders:
+        sender.close()
+    receiver.close()
 
 
 # --- clauses ----------------------------------------------------------------------------------------------------------
@@ -146,6 +174,24 @@ def _check_on_policy_gradient(function: LossFunction, inputs: LossBatch) -> None
     _assert_close(gradient, expected, "where trainer and engine agree, the gradient must be -weight x advantage")
 
 
+def _check_fetched(fetched: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert fetched.keys() == expected.keys(), f"fetched {sorted(fetched)} where {sorted(expected)} were sent"
+    for name, tensor in expected.items():
+        seen = fetched[name]
+        assert (seen.dtype, seen.shape) == (tensor.dtype, tensor.shape), (
+            f"tensor {name} came as {seen.dtype} {list(seen.shape)}, and was {tensor.dtype} {list(tensor.shape)}"
+        )
+        assert torch.equal(seen.cpu(), tensor), f"tensor {name} is not what was sent"
+
+
+def _check_gone(receiver: WeightReceiver, manifest: Manifest) -> None:
+    try:
+        dict(receiver.fetch(manifest))
+    except InfrastructureError:
+        return
+    raise AssertionError(f"version {manifest.version} was retired, and can be fetched still")
+
+
 # --- tools ------------------------------------------------------------------------------------------------------------
 def _differentiate(function: LossFunction, inputs: LossBatch) -> tuple[LossOutput, Tensor]:
     """The output, and the gradient [N] of its loss."""
@@ -173,3 +219,25 @@ def _assert_close(seen: Tensor | int, expected: Tensor, broken: str) -> None:
     difference = (torch.as_tensor(seen) - expected).abs().max().item()
     scale = expected.abs().max().item()
     assert difference <= 1e-5 * max(scale, 1.0), f"{broken} (difference {difference:.3g}, values up to {scale:.3g})"
+
+
+def _weights(rank: int, seed: int) -> dict[str, Tensor]:
+    """Of a rank: of several types, without elements, without dimensions, and not in one piece."""
+    draw = torch.Generator().manual_seed(10 * seed + rank)
+    return {
+        f"rank{rank}.matrix": torch.randn(5, 3, generator=draw),
+        f"rank{rank}.view": torch.randn(4, 6, generator=draw)[:, ::2],
+        f"rank{rank}.half": torch.randn(7, generator=draw).to(torch.bfloat16),
+        f"rank{rank}.bytes": torch.randint(0, 255, (3,), generator=draw, dtype=torch.uint8),
+        f"rank{rank}.empty": torch.empty(0, 4),
+        f"rank{rank}.number": torch.randn((), generator=draw),
+    }
+
+
+def _sent(sender: WeightSender, rank: int, *, version: int) -> Manifest:
+    """A part of a version, changed by the trainer as soon as it is sent."""
+    tensors = {name: tensor.clone() for name, tensor in _weights(rank, version).items()}
+    manifest = sender.send(version, tensors.items())
+    for tensor in tensors.values():
+        tensor.zero_()
+    return manifest

@@ -75,7 +75,9 @@ class Meshed(TrainerSection):
 def test_the_degrees_of_the_trainer_are_checked() -> None:
     composition = compose(CONFIG)
     run: Run = attrs.evolve(composition.run, model=Qwen3Config(experts=6), trainer=Meshed(expert=4))
-    assert limits.of_model(run, composition.registry) == [
+    stated, unreadable = limits.of_model(run, composition.registry)
+    assert unreadable == []
+    assert limits.of_trainer(run, stated) == [
         Problem("trainer.expert", "4 does not divide 6 experts; possible: 1, 2, 3, 6")
     ]
 
@@ -85,7 +87,8 @@ def test_heads_are_asked_for_by_ulysses_alone() -> None:
 
     def found(choice: str) -> list[Problem]:
         trainer = attrs.evolve(composition.run.trainer, ranks=3, context=3, context_attention=choice)
-        return limits.of_model(attrs.evolve(composition.run, trainer=trainer), composition.registry)
+        stated, _ = limits.of_model(composition.run, composition.registry)
+        return limits.of_trainer(attrs.evolve(composition.run, trainer=trainer), stated)
 
     assert found("auto") == found("gather") == []
     assert found("ulysses") == [Problem("trainer.context", "3 does not divide 4 attention heads; possible: 1, 2, 4")]

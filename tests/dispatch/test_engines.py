@@ -102,6 +102,25 @@ def test_an_engine_without_an_answer_is_evicted():
     assert [engine.index for engine in engines.serving] == [1]
 
 
+def test_engines_for_prompts_are_watched_and_told_to_nobody():
+    engines = pool(Busy(busy_seconds=1.0), Busy(busy_seconds=2.0))
+    engines.engines[0].kind = "prefill"
+    told: list[list[int]] = []
+
+    async def body() -> None:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            hear = lambda loads: told.append([load.engine for load in loads])  # noqa: E731
+            loop = tasks.create_task(engines.watch(hear))
+            engines.poll()
+            while not told:
+                await asyncio.sleep(0)
+            loop.cancel()
+
+    asyncio.run(body())
+    assert told == [[1]]
+    assert [engine.client.calls for engine in engines.engines] == [["statistics"], ["statistics"]]
+
+
 def test_idle_is_the_share_of_time_in_which_engines_computed_nothing():
     clock, first, second = Clock(), Busy(busy_seconds=5.0), Busy(busy_seconds=0.0)
     engines = pool(first, second, clock=clock)

@@ -26,7 +26,7 @@ MANY = (
     "engine.count=2",
     "rollouts.workers=2",
     "rollouts.sequence_length=192",
-    'weights={type="disk"}',
+    'weights={type="nccl"}',
     'environments=[{type="guessing", maximum=6, guesses=3}]',
     'tokenizer.characters="\\n 0123456789abcdefghijklmnopqrstuvwxyz"',
     "checkpoints.every=1",
@@ -88,7 +88,7 @@ def deaths(tmp_path_factory: pytest.TempPathFactory, cispo: Path) -> Iterator[di
 
 @pytest.fixture(scope="module")
 def rank_killed(deaths: dict[str, Death]) -> Death:
-    """Several of everything, a conversation of several turns, weights through files; then a trainer rank dies."""
+    """Several of everything, conversations of several turns, weights over process groups; then a trainer rank dies."""
     return deaths["trainer-rank"]
 
 
@@ -100,7 +100,7 @@ def engine_killed(deaths: dict[str, Death]) -> Death:
 
 def many(folder: Path) -> Path:
     config = folder / "many.toml"
-    config.write_text(TINY.replace("extends", 'plugins = ["guessing", "disk"]\nextends'))
+    config.write_text(TINY.replace("extends", 'plugins = ["guessing", "nccl"]\nextends'))
     return config
 
 

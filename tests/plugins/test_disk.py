@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from prl.errors import InfrastructureError
+from prl.testing import check_weight_transport
 from prl_disk import DiskConfig
 from prl_disk.files import receive, send
 from safetensors.torch import load_file
@@ -15,6 +16,10 @@ from safetensors.torch import load_file
 def weights(version: int) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(version)
     return {"model.embed_tokens.weight": torch.randn(5, 3, generator=draw), "lm_head.weight": torch.randn(5, 3)}
+
+
+def test_the_contract_of_transports_holds(tmp_path):
+    check_weight_transport(lambda rank: send(DiskConfig(), tmp_path, rank), receive(DiskConfig(), tmp_path))
 
 
 def test_an_engine_fetches_what_the_trainer_sent(tmp_path):

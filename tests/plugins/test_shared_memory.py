@@ -11,6 +11,7 @@ import cattrs
 import pytest
 import torch
 from prl.errors import InfrastructureError
+from prl.testing import check_weight_transport
 from prl.types import Manifest
 from prl_shared_memory import SharedMemoryConfig
 from prl_shared_memory.segments import KEPT, FileSender, MemorySender, receive, send
@@ -44,6 +45,10 @@ def overwrite(manifest: Manifest, content: bytes) -> None:
     with Path(manifest.parts[0].location).open("r+b") as file:
         file.truncate(len(content))
         file.write(content)
+
+
+def test_the_contract_of_transports_holds(sender):
+    check_weight_transport(lambda rank: send(CONFIG, RUN, rank), receive(CONFIG, RUN))
 
 
 def test_an_engine_fetches_what_the_trainer_sent(sender):

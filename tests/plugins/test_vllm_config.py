@@ -294,6 +294,14 @@ def test_the_plan_shows_what_each_node_has(monkeypatch: pytest.MonkeyPatch, tmp_
             ("engine.nodes=2", "engine.parallel={nodes=2, data=2}", 'engine.servers=["http://127.0.0.1:1"]'),
             "whoever starts them spreads them over nodes",
         ),
+        (
+            ("engine.nodes=2", "engine.parallel={nodes=2, data=2}", "engine.kv_tiers.host_bytes=1024"),
+            "engine.kv_tiers and engine.parallel.nodes = 2 exclude each other",
+        ),
+        (
+            ("engine.count=2", "engine.nodes=4", "engine.parallel={nodes=2, data=2}", "engine.prefill.count=1"),
+            "engine.prefill and engine.parallel.nodes = 2 exclude each other",
+        ),
         (("engine.options.data_parallel_rpc_port=9",), "is decided by engine.parallel.nodes"),
         (("engine.options.data_parallel_hybrid_lb=true",), "one server spreads requests over all copies"),
     ],
@@ -302,20 +310,23 @@ def test_rules_of_engines_that_span_nodes(
     monkeypatch: pytest.MonkeyPatch, edits: tuple[str, ...], sentence: str
 ) -> None:
     monkeypatch.setattr(release, "cpu_build", lambda: False)
+    monkeypatch.setattr(rules, "find_spec", lambda name: True)
     assert sentence in refusal(*GPUS, *edits)
 
 
-def test_experts_must_be_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("edit", "devices", "more"), [("model.experts=12", 8, 4), ("model.size=toy", 3, 1)])
+def test_experts_must_be_spread_evenly(monkeypatch: pytest.MonkeyPatch, edit: str, devices: int, more: int) -> None:
+    """Those that the config names, and those that the model has without being told (8)."""
     monkeypatch.setattr(release, "cpu_build", lambda: False)
-    plugins = ("model.type=glm-5.1", "model.experts=12", "engine.nodes=1")
+    plugins = ("model.type=glm-5.1", edit, "engine.nodes=1")
     with pytest.raises(ConfigError) as error:
         compose(
             CONFIG,
             plugins="vllm,glm5",
-            overrides=['engine.type="vllm"', *GPUS, *plugins, "engine.parallel={data=8, experts=true}"],
+            overrides=['engine.type="vllm"', *GPUS, *plugins, f"engine.parallel={{data={devices}, experts=true}}"],
             probe=False,
         )
-    assert "over 8 devices; 4 redundant experts can" in error.value.problems[0].message
+    assert f"over {devices} devices; {more} redundant experts can" in error.value.problems[0].message
 
 
 @needs_names

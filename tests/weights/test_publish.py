@@ -37,7 +37,7 @@ class Stage:
         self.publisher = Publisher(
             self.pool,
             change=self.change,
-            deadline=self.deadline,
+            patience=lambda nbytes: self.deadline,
             on_served=lambda version, seconds: self.served.append(version),
             retire=self._retire,
             condemn=lambda index, reason: self.condemned.append(index),

@@ -117,8 +117,9 @@ def compose(source: Path, *, plugins: str = "", overrides: Sequence[str] = (), p
         problems += error.problems
     else:
         problems += checks.across_sections(run)
-        problems += limits.of_model(run, registry)
-        problems += [Problem("", f"{sentence} (plugin {plugin!r})") for plugin, sentence in hooks.validate(run)]
+        stated, unreadable = limits.of_model(run, registry)
+        problems += [*unreadable, *limits.of_trainer(run, stated)]
+        problems += [Problem("", f"{sentence} (plugin {plugin!r})") for plugin, sentence in hooks.validate(run, stated)]
         problems += _not_here(run, registry, known) if probe else []
         composition = Composition(run=run, registry=registry, hooks=hooks, resolved=unstructure(run, registry))
         problems += [*checks.kernels(run, registry), *routing.problems(composition)]

@@ -89,6 +89,10 @@ class EngineConfig:
         return ""
 
 
+BYTES_PER_SECOND = 100e6
+"""What a deadline allows for weights, on top of `weights.deadline`."""
+
+
 @attrs.frozen(kw_only=True)
 class WeightTransportConfig:
     """Base of `[weights]` sections."""
@@ -96,6 +100,10 @@ class WeightTransportConfig:
     deadline: float = option(
         60.0, help="seconds an engine has for prepare or commit, on top of 1 s per 100 MB", validator=positive
     )
+
+    def patience(self, nbytes: int) -> float:
+        """Seconds that so many bytes may take."""
+        return self.deadline + nbytes / BYTES_PER_SECOND
 
 
 @attrs.frozen(kw_only=True)

@@ -18,16 +18,20 @@ DEGREES: tuple[Degree, ...] = ("expert", "tensor", "context")
 """Those that are numbers of `[trainer]`."""
 
 
-def of_model(run: Run, registry: Registry) -> list[Problem]:
-    """Problems of the `[model]` section itself, and of the degrees in `[trainer]`, where it has them."""
+def of_model(run: Run, registry: Registry) -> tuple[Sequence[Limit], list[Problem]]:
+    """What the run's model states, none where it states nothing; and why its section cannot be read."""
     provider = registry.of_config(type(run.model)).provider
     if not isinstance(provider, Model) or provider.limits is None:
-        return []
+        return [], []
     module, _, attribute = provider.limits.partition(":")
     try:
-        limits: Sequence[Limit] = getattr(importlib.import_module(module), attribute)(run.model, 0)
+        return getattr(importlib.import_module(module), attribute)(run.model, 0), []
     except UserError as error:
-        return [Problem("model", str(error))]
+        return [], [Problem("model", str(error))]
+
+
+def of_trainer(run: Run, limits: Sequence[Limit]) -> list[Problem]:
+    """Problems of the degrees in `[trainer]`."""
     degrees = {name: (f"trainer.{name}", getattr(run.trainer, name, 1)) for name in DEGREES}
     if run.trainer.context_attention == "ulysses":
         degrees["heads"] = ("trainer.context", run.trainer.context)

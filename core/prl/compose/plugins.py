@@ -20,7 +20,7 @@ import prl
 from prl import hookspecs
 from prl.compose.config import Run
 from prl.compose.discover import InstalledPlugin, did_you_mean
-from prl.providers import KINDS, Provider
+from prl.providers import KINDS, Limit, Provider
 
 HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("prl_"))
 REGISTRATION = {f"prl_{kind}{'es' if kind.endswith('s') else 's'}": kind for kind in KINDS}
@@ -119,12 +119,12 @@ class Hooks:
                     failures.append(Failure(plugin, f"{hook}: {_describe(error)}"))
         return records, failures
 
-    def validate(self, run: Run) -> list[tuple[str, str]]:
+    def validate(self, run: Run, limits: Sequence[Limit]) -> list[tuple[str, str]]:
         """(plugin, sentence) for every problem that plugins see across sections."""
         problems: list[tuple[str, str]] = []
         for plugin, function in self._implementations("prl_validate"):
             try:
-                problems += [(plugin, sentence) for sentence in function(run=run)]
+                problems += [(plugin, sentence) for sentence in function(run=run, limits=limits)]
             except Exception as error:  # as above: reported, never hiding what others found
                 problems.append((plugin, f"prl_validate failed: {_describe(error)}"))
         return problems

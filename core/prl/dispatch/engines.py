@@ -184,16 +184,20 @@ class EnginePool:
         return 1.0 - sum(shares) / len(shares) if shares else None
 
     async def watch(self, tell: Tell | None = None, *, every: float | None = None) -> None:
-        """Until cancelled: whenever asked to, and every so many seconds; `tell` hears what those that answer say."""
+        """Until cancelled: whenever asked to, and every so many seconds.
+
+        `tell` hears what those say that answer and are given groups: others are not what a scheduler can fill.
+        """
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(every):
                     await self.change.until(lambda: self._poll_due)
             self._poll_due = False
             async with asyncio.TaskGroup() as group:
-                checks = [group.create_task(self._check(engine)) for engine in self.serving]
+                checks = [(engine, group.create_task(self._check(engine))) for engine in self.serving]
             if tell is not None:
-                tell([load for check in checks if (load := check.result()) is not None])
+                loads = [check.result() for engine, check in checks if engine.kind != "prefill"]
+                tell([load for load in loads if load is not None])
 
     async def _check(self, engine: Engine) -> EngineLoad | None:
         try:

@@ -273,7 +273,7 @@ class Assembly:
         return Publisher(
             engines,
             change=self.reporter.progress.change,
-            deadline=self.composition.run.weights.deadline,
+            patience=self.composition.run.weights.patience,
             on_served=self.on_served,
             retire=trainer.retire,
             condemn=lambda engine, reason: condemn(self.run_dir, f"engine-{engine}", reason),

@@ -23,7 +23,6 @@ from prl.types import Manifest
 
 log = logging.getLogger(__name__)
 
-BYTES_PER_SECOND = 100e6  # what a deadline allows for, on top of `weights.deadline`
 _CATCH_UPS = 3  # per engine, before a run without engines fails
 _LONGEST_PAUSE = 32  # in units of `pause`
 
@@ -31,6 +30,7 @@ _LONGEST_PAUSE = 32  # in units of `pause`
 class Publisher:
     """Brings every engine to the newest version, and knows which one all of them serve.
 
+    `patience(nbytes)` is how many seconds prepare or commit of so many bytes may take.
     `on_served(version, seconds)` is called when the last serving engine has acknowledged, `seconds` after the version
     was announced; `retire(version)` for every version that no serving engine will ask for any more;
     `condemn(index, reason)` for an engine that answers and takes no weights: its process is to be restarted.
@@ -41,7 +41,7 @@ class Publisher:
         engines: EnginePool,
         *,
         change: Change,
-        deadline: float,
+        patience: Callable[[int], float],
         on_served: Callable[[int, float], None],
         retire: Callable[[int], Awaitable[None]],
         condemn: Callable[[int, str], None],
@@ -49,7 +49,7 @@ class Publisher:
     ) -> None:
         self._engines = engines
         self._change = change
-        self._deadline = deadline
+        self._patience = patience
         self._on_served = on_served
         self._retire = retire
         self._condemn = condemn
@@ -121,7 +121,7 @@ class Publisher:
         return self._newest
 
     async def _update(self, engine: Engine, manifest: Manifest) -> None:
-        seconds = self._deadline + manifest.nbytes / BYTES_PER_SECOND
+        seconds = self._patience(manifest.nbytes)
         client = engine.client
         await _within(seconds, client.prepare(manifest), f"prepare of version {manifest.version}")
         await _within(seconds, client.commit(manifest.version), f"commit of version {manifest.version}")

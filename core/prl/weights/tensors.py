@@ -131,17 +131,22 @@ def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> I
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else None
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b"")
     except FileNotFoundError:
         raise InfrastructureError(f"{what}: {path} is gone") from None
     except OSError as error:
         raise InfrastructureError(f"{what} cannot be read: {error}") from None
+    yield from verified(content, records, what=what)
+
+
+def verified(content: memoryview, records: Sequence[TensorRecord], *, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Every recorded tensor as a view of these bytes; raises as `read_tensors` does."""
     if sum(record.nbytes for record in records) < THREADS * LARGE:
         for record in records:
-            yield record.name, _read(mapped, size, record, what)
+            yield record.name, _read(content, record, what)
         return
     with ThreadPoolExecutor(THREADS) as pool:
-        read = [(record.name, pool.submit(_read, mapped, size, record, what)) for record in records]
+        read = [(record.name, pool.submit(_read, content, record, what)) for record in records]
         try:
             for name, tensor in read:
                 yield name, tensor.result()
@@ -149,23 +154,23 @@ def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> I
             pool.shutdown(cancel_futures=True)
 
 
-def _read(mapped: mmap.mmap | None, size: int, record: TensorRecord, what: str) -> Tensor:
+def _read(content: memoryview, record: TensorRecord, what: str) -> Tensor:
     dtype = getattr(torch, record.dtype, None)
     count = math.prod(record.shape)
     sound = min((record.offset, *record.shape)) >= 0
     if not isinstance(dtype, torch.dtype) or not sound or count * dtype.itemsize != record.nbytes:
         raise InfrastructureError(f"{what}: the record of tensor {record.name} contradicts itself: {record}")
     end = record.offset + record.nbytes
-    if end > size:
-        raise InfrastructureError(f"{what}: tensor {record.name} ends at byte {end}, the file at byte {size}")
-    if mapped is None or count == 0:
+    if end > len(content):
+        raise InfrastructureError(f"{what}: tensor {record.name} ends at byte {end}, the file at byte {len(content)}")
+    if count == 0:
         return torch.empty(record.shape, dtype=dtype)
-    seen = zlib.crc32(memoryview(mapped)[record.offset : end])
+    seen = zlib.crc32(content[record.offset : end])
     if seen != record.checksum:
         raise InfrastructureError(
             f"{what}: tensor {record.name} has checksum {seen:08x} where {record.checksum:08x} was written"
         )
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=record.offset).reshape(record.shape)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=record.offset).reshape(record.shape)
 
 
 def _append(file: Output, tensors: Iterable[tuple[str, Tensor]], *, alignment: int) -> Iterator[TensorRecord]:

@@ -9,11 +9,11 @@ releases of vLLM it knows is in `release.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prl import hookimpl
 from prl.compose.config import Run
-from prl.providers import Engine
+from prl.providers import Engine, Limit
 
 from prl_vllm.config import VllmConfig
 from prl_vllm.rules import problems
@@ -34,7 +34,7 @@ def prl_engines() -> Iterable[Engine]:
 
 
 @hookimpl
-def prl_validate(run: Run) -> Iterable[str]:
+def prl_validate(run: Run, limits: Sequence[Limit]) -> Iterable[str]:
     """What does not fit together, and names that the installed vLLM does not know."""
     if isinstance(run.engine, VllmConfig):
-        yield from problems(run.engine, run)
+        yield from problems(run.engine, run, limits)

@@ -243,8 +243,9 @@ class Engine:
                 if state["error"]:
                     raise InfrastructureError(f"worker {rank}: {state['error']}")
             if all(state["done"] for state in states):
-                return
+                break
             await asyncio.sleep(POLL_SECONDS)
+        await self._api.call("prl_ready", version=manifest.version)  # the states are those of the first copy alone
 
     async def commit(self, version: int) -> None:
         """Serve a prepared version from the next token on; requests go on. The served version is no change."""

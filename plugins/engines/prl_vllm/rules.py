@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from prl.compose.config import Run
 from prl.compose.discover import did_you_mean
+from prl.providers import Limit
 
 from prl_vllm import release
 from prl_vllm.arguments import on_cpu
@@ -47,7 +48,7 @@ OWN_ARGUMENTS = {
 """Arguments of vLLM that are not `engine.options`, and what decides each instead."""
 
 
-def problems(engine: VllmConfig, run: Run) -> Iterator[str]:
+def problems(engine: VllmConfig, run: Run, limits: Iterable[Limit]) -> Iterator[str]:
     """One sentence for each thing that does not fit."""
     if 0 < engine.length < run.rollouts.sequence_length:
         yield (
@@ -57,7 +58,7 @@ def problems(engine: VllmConfig, run: Run) -> Iterator[str]:
     yield from _servers(engine)
     yield from _parallel(engine.parallel)
     yield from _spanning(engine)
-    yield from _experts(engine.parallel, run)
+    yield from _experts(engine.parallel, limits)
     yield from _kv_tiers(engine)
     yield from _prefill(engine)
     if on_cpu(run):
@@ -85,15 +86,22 @@ def _spanning(engine: VllmConfig) -> Iterator[str]:
         )
     if engine.servers:
         yield "engine.servers run already: whoever starts them spreads them over nodes; leave out engine.parallel.nodes"
+    apart = {"engine.prefill": engine.prefill.count, "engine.kv_tiers": engine.kv_tiers.host_bytes}
+    for section in (name for name, chosen in apart.items() if chosen):
+        yield (
+            f"{section} and engine.parallel.nodes = {parallel.nodes} exclude each other: keys and values move between "
+            "engines of one node each; leave one of the two out"
+        )
 
 
-def _experts(parallel: Parallel, run: Run) -> Iterator[str]:
+def _experts(parallel: Parallel, limits: Iterable[Limit]) -> Iterator[str]:
     """Every device has as many experts, copies included."""
-    experts, devices = getattr(run.model, "experts", 0), parallel.tensor * parallel.data
-    if parallel.experts and isinstance(experts, int) and experts and (experts + parallel.redundant_experts) % devices:
+    experts = next((limit.count for limit in limits if limit.degree == "expert"), 1)
+    devices = parallel.tensor * parallel.data
+    if parallel.experts and experts > 1 and (experts + parallel.redundant_experts) % devices:
         missing = -(experts + parallel.redundant_experts) % devices
         yield (
-            f"model.experts = {experts} and engine.parallel.redundant_experts = {parallel.redundant_experts} cannot be "
+            f"{experts} experts and engine.parallel.redundant_experts = {parallel.redundant_experts} cannot be "
             f"spread evenly over {devices} devices; {parallel.redundant_experts + missing} redundant experts can"
         )
 

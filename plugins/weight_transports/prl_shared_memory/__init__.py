@@ -32,5 +32,5 @@ def prl_validate(run: Run) -> Iterable[str]:
     if isinstance(run.weights, SharedMemoryConfig) and run.launcher.spans_hosts:
         yield (
             "weights.type = 'shared_memory' reaches the processes of one machine, and the launcher may use several; "
-            "choose a transport that crosses hosts, such as 'disk' on a shared file system"
+            "choose a transport that crosses hosts, such as 'nccl', or 'disk' on a shared file system"
         )

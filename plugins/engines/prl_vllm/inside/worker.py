@@ -54,8 +54,7 @@ class Extension:
         """Begin to fetch and verify a version; `prl_prepared` says how it went."""
         staged = Staged(int(manifest["version"]))
         source = _source(self.__dict__, run_dir)
-        device = self.__dict__["device"] if source.on_device else None
-        arguments = (staged, source.receiver, _manifest(manifest), device)
+        arguments = (staged, source, _manifest(manifest), self.__dict__["device"])
         staged.thread = threading.Thread(target=_fetch, args=arguments, daemon=True)
         self.__dict__["prl_staged"] = staged
         staged.thread.start()
@@ -68,18 +67,29 @@ class Extension:
             return {"done": True, "error": f"version {version} was never asked for"}
         return {"done": staged.thread is None or not staged.thread.is_alive(), "error": staged.error}
 
+    def prl_ready(self, version: int) -> dict[str, Any]:
+        """Wait until it is prepared; raises when it cannot be used.
+
+        vLLM carries calls to all data-parallel copies and answers with what the first one's workers return, or with the
+        failure of any: what has to be known of every copy is raised.
+        """
+        staged: Staged | None = self.__dict__.get("prl_staged")
+        if staged is None or staged.version != version:
+            raise RuntimeError(f"version {version} was never asked for")
+        if staged.thread is not None:
+            staged.thread.join()
+        if staged.error:
+            raise RuntimeError(staged.error)
+        return {}
+
     def prl_commit(self, version: int) -> dict[str, Any]:
         """Load a prepared version; called while the server is paused. Raises when it cannot, on any rank.
 
         What was served before is kept, for `prl_restore`, until the next version is prepared.
         """
-        staged: Staged | None = self.__dict__.get("prl_staged")
-        if staged is None or staged.version != version:
-            raise RuntimeError(f"version {version} is not prepared")
-        assert staged.thread is not None
-        staged.thread.join()
-        if staged.tensors is None:
-            raise RuntimeError(staged.error)
+        self.prl_ready(version)
+        staged: Staged = self.__dict__["prl_staged"]
+        assert staged.tensors is not None
         started = time.perf_counter()
         Loader(self).load(staged.on_device or staged.tensors)
         staged.on_device = None
@@ -133,11 +143,13 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def _fetch(staged: Staged, receiver: WeightReceiver, manifest: Manifest, device: torch.device | None) -> None:
+def _fetch(staged: Staged, source: Source, manifest: Manifest, device: torch.device) -> None:
     """In a thread of its own. Whatever is wrong with the version is the trainer's to know, never this process's end."""
     try:
-        tensors = dict(receiver.fetch(manifest))
-        if device is not None:
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device.index)  # each thread has one of its own
+        tensors = dict(source.receiver.fetch(manifest))
+        if source.on_device:
             staged.on_device = _copied(tensors, device)
         staged.tensors = tensors
     except Exception as error:
