@@ -24,7 +24,7 @@ from prl.compose.compose import open_run
 from prl.errors import PrlError
 from prl.run_dir import RunDir
 from prl.supervise.attach import STACKS, stacks_file
-from prl.supervise.beats import Beat
+from prl.supervise.beats import BEAT_SECONDS, Beat
 from prl.supervise.policy import UNFORESEEN
 
 ROLES = {
@@ -39,7 +39,6 @@ ROLES = {
 """Role -> module whose `main` runs it."""
 INDEXED = frozenset({"environment", "engine", "engine-part", "trainer"})
 """Roles whose `main` is told its index; a trainer rank reads RANK from its environment."""
-PARENT_POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -76,7 +75,7 @@ def _live_with_parent(parent: int, beat: Callable[[], None]) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             beat()
-            time.sleep(PARENT_POLL_SECONDS)
+            time.sleep(BEAT_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

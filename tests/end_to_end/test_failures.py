@@ -71,6 +71,25 @@ JUMPS = """
     time.time = lambda: real() + 86400 * (next(count) % 3 - 1)
 """
 """sitecustomize.py: the wall clock of every process of the run leaps by a day or two whenever it is read."""
+STUCK = """
+    import threading
+    from prl import hookimpl
+
+    run_dir = None
+
+    @hookimpl
+    def prl_run_start(info):
+        global run_dir
+        run_dir = info.run_dir
+
+    @hookimpl
+    def prl_step_end(step):
+        once = run_dir / "stuck"
+        if step == 5 and not once.exists():
+            once.touch()
+            threading.Event().wait()
+"""
+"""A plugin that blocks the controller's event loop after step 5, once; the process's other threads go on."""
 BIGGER = (
     "model.hidden_size=128",
     "model.intermediate_size=256",
@@ -107,6 +126,18 @@ def to_the_end(folder: Path, *edits: str, plugins: str = "", words: tuple[str, .
     return Ended(dir=run.dir, code=code, status=prl("status", str(run.dir.path)).stdout)
 
 
+def installed(folder: Path, name: str, program: str) -> Path:
+    """A folder for PYTHONPATH that has the plugin `name` in it, as a distribution of its own."""
+    site = folder / "site"
+    package, metadata = site / f"prl_{name}", site / f"prl_{name}-0.0.1.dist-info"
+    for path in (package, metadata):
+        path.mkdir(parents=True)
+    (package / "__init__.py").write_text(textwrap.dedent(program))
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: prl-{name}\nVersion: 0.0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[prl]\n{name} = prl_{name}\n")
+    return site
+
+
 @contextmanager
 def files_of_at_most(nbytes: int) -> Iterator[None]:
     """What is started meanwhile can write no larger file: as on a disk that is full, `write` fails half way."""
@@ -121,18 +152,11 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
 # --- damaged weights --------------------------------------------------------------------------------------------------
 def test_damaged_weights_are_never_served_and_are_made_again(tmp_path: Path) -> None:
     """At staleness 0 nothing goes on without version 5: the run goes back to its last cut, and writes it again."""
-    site = tmp_path / "site"
-    package, metadata = site / "prl_torn", site / "prl_torn-0.0.1.dist-info"
-    for folder in (package, metadata):
-        folder.mkdir(parents=True)
-    (package / "__init__.py").write_text(textwrap.dedent(TORN))
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: prl-torn\nVersion: 0.0.1\n")
-    (metadata / "entry_points.txt").write_text("[prl]\ntorn = prl_torn\n")
     run = to_the_end(
         tmp_path,
         *("scheduler.max_staleness=0", "run.steps=6", "checkpoints.every=2", 'weights={type="torn"}'),
         plugins='"torn"',
-        PYTHONPATH=str(site),
+        PYTHONPATH=str(installed(tmp_path, "torn", TORN)),
     )
     assert run.code == 0
     assert (run.state["status"], run.state["step"]) == ("finished", 8)
@@ -141,6 +165,23 @@ def test_damaged_weights_are_never_served_and_are_made_again(tmp_path: Path) -> 
     assert damaged
     assert all("checksum" in sentence for sentence in damaged)
     assert {rollout["step"]: set(rollout["versions"]) for rollout in run.rollouts}[6] == {5}
+    assert run.passes_audit()
+
+
+# --- a loop that hangs ------------------------------------------------------------------------------------------------
+def test_a_controller_whose_event_loop_hangs_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
+    run = to_the_end(
+        tmp_path,
+        *("run.steps=6", "checkpoints.every=2", "failures.silence=10"),
+        plugins='"stuck"',
+        PYTHONPATH=str(installed(tmp_path, "stuck", STUCK)),
+    )
+    assert run.code == 0
+    assert (run.state["status"], run.state["step"]) == ("finished", 8)
+    (death,) = [casualty for casualty in Reader(run.dir).read() if casualty.role == "controller"]
+    assert death.sentence == "controller-0 was killed: controller-loop gave no sign of life for 10 s"
+    assert death.done.startswith("attempt 2 goes on from step ")
+    assert [line["step"] for line in run.steps] == list(range(1, 9))
     assert run.passes_audit()
 
 

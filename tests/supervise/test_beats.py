@@ -48,6 +48,14 @@ def test_what_an_earlier_life_wrote_is_no_sign_of_this_one(run_dir: RunDir) -> N
     assert pulse.silent("engine-0") == 9
 
 
+def test_who_ends_in_good_order_is_not_waited_for(run_dir: RunDir) -> None:
+    beat, pulse = Beat(run_dir, "controller-loop"), Pulse(run_dir, clock=Clock())
+    beat()
+    assert pulse.names("controller-loop") == ["controller-loop"]
+    beat.end()
+    assert pulse.names("controller-loop") == []
+
+
 def test_a_file_s_times_do_not_matter(run_dir: RunDir) -> None:
     """Another host's clock, or one that was set back, wrote them."""
     clock, beat = Clock(), Beat(run_dir, "engine-0")

@@ -136,6 +136,13 @@ def test_a_rank_that_hangs_is_its_trainer_s_failure(run_dir: RunDir) -> None:
     assert state(run_dir)["error"].startswith("trainer-0 was killed: trainer-rank-1 gave no sign of life for 3 s")
 
 
+def test_a_loop_that_hangs_is_its_controller_s_failure(run_dir: RunDir) -> None:
+    loop = "os.makedirs(f'{run}/beats', exist_ok=True)\nopen(f'{run}/beats/controller-loop', 'w').write('1 1')"
+    assert run(run_dir, {"controller-0": f"begin()\n{loop}\n{STAY}"}, silence=3.0, restarts=0) == 137
+    error = "controller-0 was killed: controller-loop gave no sign of life for 3 s"
+    assert state(run_dir)["error"].startswith(error)
+
+
 def test_a_process_that_the_controller_condemns_is_started_again(run_dir: RunDir) -> None:
     condemn = """
         until(lambda: os.path.exists(f"{run}/beats/engine-0"))

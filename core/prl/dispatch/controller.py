@@ -24,6 +24,7 @@ Each loop, what it waits for, and who unblocks it:
     sweep       a step                             train
     stop        the stop file                      `prl stop`, the launcher
     casualties  a line of failures.jsonl           whoever supervises the processes
+    beat        half a second                      nobody: without it the loop counts as hung, and the process is killed
     ledger      a fact                             every other loop
 
 Every queue is bounded: a slow disk holds up reports, full reports hold up training, training holds up forming, unformed
@@ -68,6 +69,7 @@ from prl.ledger.writer import Ledger
 from prl.messages import Hello, Stop
 from prl.providers import EngineLoad, LoadAwareScheduler, RunInfo
 from prl.run_dir import RunDir
+from prl.supervise.beats import BEAT_SECONDS, CONTROLLER_LOOP, Beat
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +152,7 @@ class Controller:
             if parts is not None:
                 loops_of_parts = (parts.publisher, parts.checkpoints, parts.sweep)
                 background += [loops.create_task(part.run()) for part in loops_of_parts]
-                background.append(loops.create_task(self._watch_engines(parts)))
+                background += [loops.create_task(loop) for loop in (self._watch_engines(parts), self._beat())]
                 await self._phases(parts)
             self._reporter.queue.close()
             await writer
@@ -255,6 +257,16 @@ class Controller:
         """With the weights the trainer holds, unless that is done; nothing is trained meanwhile."""
         if parts.evaluator.wanted and parts.evaluator.newest < self._progress.trained:
             await self._unless_stopped(parts.evaluator.evaluate(self._progress.trained))
+
+    async def _beat(self) -> None:
+        """Only while a run is under way: before and after, environments and plugins may take their time."""
+        beat = Beat(self._run_dir, CONTROLLER_LOOP)
+        try:
+            while True:
+                beat()
+                await asyncio.sleep(BEAT_SECONDS)
+        finally:
+            beat.end()
 
     # --- stopping -----------------------------------------------------------------------------------------------------
     async def _watch_stop(self) -> None:

@@ -3,6 +3,8 @@
 A file holds the process's id and a number that grows. The reader asks only whether the content changed since it last
 looked, by its own monotonic clock: neither the wall clock nor another machine's matters, and a file system that many
 hosts share is enough. A process that is stopped, swapped out for good or stuck with the interpreter's lock goes silent.
+A thread gives these signs, whatever the rest of the process does; so the controller's event loop, in which a hook of a
+plugin may never return, gives signs of its own while a run is under way.
 """
 
 from __future__ import annotations
@@ -16,13 +18,18 @@ import attrs
 
 from prl.run_dir import RunDir
 
+CONTROLLER_LOOP = "controller-loop"
+"""The name under which the controller's event loop gives signs."""
+BEAT_SECONDS = 0.5
+
 
 class Beat:
     """The writing end, in the worker."""
 
     def __init__(self, run_dir: RunDir, name: str) -> None:
         run_dir.beats.mkdir(exist_ok=True)
-        self._file = os.open(run_dir.beats / name, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._path = run_dir.beats / name
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
         self._count = 0
 
     def __call__(self) -> None:
@@ -30,6 +37,11 @@ class Beat:
         self._count += 1
         with suppress(OSError):
             os.pwrite(self._file, f"{os.getpid():<10} {self._count:<20}\n".encode(), 0)
+
+    def end(self) -> None:
+        """From now on nobody is to wait for signs under this name."""
+        os.close(self._file)
+        self._path.unlink(missing_ok=True)
 
 
 @attrs.define(kw_only=True)

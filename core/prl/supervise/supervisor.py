@@ -27,7 +27,7 @@ from prl.compose.resume import resume
 from prl.errors import InfrastructureError, LockError, PrlError, RunError
 from prl.run_dir import RunDir, read_json
 from prl.supervise import casualties
-from prl.supervise.beats import Pulse
+from prl.supervise.beats import CONTROLLER_LOOP, Pulse
 from prl.supervise.casualties import Casualty
 from prl.supervise.children import Child, Children, Spawn
 from prl.supervise.excerpt import excerpt
@@ -179,10 +179,13 @@ class Supervisor:
 
     def _kill_what_is_lost(self) -> None:
         """What is silent for too long, or was condemned by the controller; its end is an event as any other's."""
-        ranks = self._pulse.names("trainer-rank-")
+        inside = {
+            "trainer": self._pulse.names("trainer-rank-"),
+            "controller": self._pulse.names(CONTROLLER_LOOP),
+        }
         for child in self._children.living:
             if not child.killed_because:
-                own = [child.name, *(ranks if child.process.role == "trainer" else [])]
+                own = [child.name, *inside.get(child.process.role, ())]
                 child.killed_because = self._silence(own) or casualties.condemned(self._run_dir, child.name)
                 if child.killed_because:
                     child.handle.kill()
