@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -173,3 +174,15 @@ def sets(edits: Iterable[str]) -> list[str]:
 def succeed(*words: str) -> None:
     done = prl(*words)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def installed(folder: Path, name: str, program: str) -> Path:
+    """A folder for PYTHONPATH that has the plugin `name` in it, as a distribution of its own."""
+    site = folder / "site"
+    package, metadata = site / f"prl_{name}", site / f"prl_{name}-0.0.1.dist-info"
+    for path in (package, metadata):
+        path.mkdir(parents=True)
+    (package / "__init__.py").write_text(textwrap.dedent(program))
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: prl-{name}\nVersion: 0.0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[prl]\n{name} = prl_{name}\n")
+    return site

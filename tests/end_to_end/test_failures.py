@@ -15,7 +15,7 @@ import pytest
 from prl.run_dir import RunDir
 from prl.supervise.casualties import Reader
 
-from tests.end_to_end.live import TINY, Run, launched, prl
+from tests.end_to_end.live import TINY, Run, installed, launched, prl
 from tests.listening import needs_proc
 
 pytestmark = needs_proc
@@ -124,18 +124,6 @@ def to_the_end(folder: Path, *edits: str, plugins: str = "", words: tuple[str, .
     with launched(config, folder / "run", "trackers=[]", *edits, words=words, env=env) as run:
         code, _ = run.end()
     return Ended(dir=run.dir, code=code, status=prl("status", str(run.dir.path)).stdout)
-
-
-def installed(folder: Path, name: str, program: str) -> Path:
-    """A folder for PYTHONPATH that has the plugin `name` in it, as a distribution of its own."""
-    site = folder / "site"
-    package, metadata = site / f"prl_{name}", site / f"prl_{name}-0.0.1.dist-info"
-    for path in (package, metadata):
-        path.mkdir(parents=True)
-    (package / "__init__.py").write_text(textwrap.dedent(program))
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: prl-{name}\nVersion: 0.0.1\n")
-    (metadata / "entry_points.txt").write_text(f"[prl]\n{name} = prl_{name}\n")
-    return site
 
 
 @contextmanager
