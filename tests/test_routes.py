@@ -12,7 +12,7 @@ from prl.columns import ColumnFolder
 from prl.compose.compose import compose
 from prl.compose.routing import Routing, replayed
 from prl.errors import ConfigError, InfrastructureError
-from prl.routes import EXPERTS, VERSIONS, RouteRecord, checked, store
+from prl.routes import EXPERTS, VERSIONS, RouteRecord, checked, joined, store, until
 from prl.types import Routes
 
 ROUTING = Routing(layers=("layers.1", "layers.3"), experts=8, experts_per_token=2)
@@ -139,3 +139,30 @@ def test_full_sizes_route_where_their_checkpoints_do(
 def test_a_dense_model_cannot_be_told_to_replay() -> None:
     with pytest.raises(ConfigError, match="'qwen3' is dense as configured: it has no experts to send tokens to"):
         compose(SPELL, overrides=["trainer.router_replay=on"])
+
+
+# --- of a turn in two parts -------------------------------------------------------------------------------------------
+def rows(start: int, count: int, **changes: Any) -> Routes:
+    experts = (np.arange(start, start + count)[:, None, None] + np.zeros((1, 2, 2))).astype(np.uint8)
+    made = Routes(layers=("a", "b"), experts=experts, versions=np.full(count, 7, np.int32), start=start)
+    return attrs.evolve(made, **changes)
+
+
+def test_routes_of_two_parts_are_those_of_the_whole() -> None:
+    whole, first = rows(3, 9), until(rows(3, 9), 8)
+    assert first is not None
+    assert (first.start, len(first.experts), len(first.versions)) == (3, 5, 5)
+    both = joined(first, rows(8, 4))
+    assert both is not None
+    np.testing.assert_array_equal(both.experts, whole.experts)
+    np.testing.assert_array_equal(both.versions, whole.versions)
+    assert (both.start, both.layers) == (3, ("a", "b"))
+
+
+def test_routes_that_do_not_follow_on_stay_unknown() -> None:
+    first = rows(3, 5)
+    for second in (rows(9, 3), rows(8, 4, layers=("b", "a"))):
+        assert joined(first, second) is first
+    assert joined(first, None) is first
+    assert joined(None, first) is first
+    assert (joined(None, None), until(None, 4)) == (None, None)

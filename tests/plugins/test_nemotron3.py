@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prl.blocks import checkpoint
 from prl.blocks.decoder import Decoder
 from prl.compose.config import ModelConfig
-from prl.errors import UserError
+from prl.errors import CheckpointError, UserError
 from prl_nemotron3 import NanoConfig, NemotronConfig, SuperConfig, UltraConfig, prl_models
 from prl_nemotron3.network import build
 from prl_nemotron3.sizes import FULL, resolve
 from prl_nemotron3.weights import weight_map
+from safetensors.torch import load_file, save_file
 
 from tests.plugins import parity
 from tests.plugins.parity import VOCAB, logits, packed, some_tokens
@@ -171,6 +174,35 @@ def test_published_names() -> None:
     assert names.carried == ("mtp.",)
 
 
+def test_prediction_weights_are_carried_from_checkpoint_to_checkpoint(tmp_path: Path) -> None:
+    """Twice: what was written with them is read as what was published."""
+    original = made(ULTRA)
+    parity.written(original, weight_map(ULTRA, VOCAB), tmp_path / "0")
+    described = json.loads((tmp_path / "0" / "config.json").read_text())
+    (tmp_path / "0" / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 1}))
+    prediction = {
+        "mtp.layers.0.eh_proj.weight": torch.randn(128, 256),
+        "mtp.layers.0.mixer.q_proj.weight": torch.randn(128, 128).bfloat16(),
+        "mtp.layers.1.mixer.gate.e_score_correction_bias": torch.randn(8),
+        "mtp.layers.1.mixer.experts.7.up_proj.weight": torch.randn(96, 64).bfloat16(),
+    }
+    save_file(prediction, tmp_path / "0" / "prediction.safetensors")
+    for start, end in (("0", "1"), ("1", "2")):
+        config = UltraConfig(checkpoint=str(tmp_path / start))
+        names, model = weight_map(config, VOCAB), build(config, VOCAB)
+        assert (names.carried, names.hf_config()["num_nextn_predict_layers"]) == (("mtp.",), 1)
+        checkpoint.load(model, names, tmp_path / start)
+        parity.written(model, names, tmp_path / end, origin=tmp_path / start)
+        written = load_file(tmp_path / end / "model.safetensors")
+        assert {name for name in written if name.startswith("mtp.")} == set(prediction)
+        for name, tensor in prediction.items():
+            assert written[name].dtype == tensor.dtype
+            assert torch.equal(written[name], tensor)
+    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"unexpected: mtp\.layers\.0\.eh_proj\.weight"):
+        checkpoint.load(build(ULTRA, VOCAB), weight_map(ULTRA, VOCAB), tmp_path / "1")
+
+
 def test_the_config_says_how_to_route_and_what_to_keep_exact() -> None:
     config = weight_map(UltraConfig(size="full"), VOCAB).hf_config()
     expected = {
@@ -181,7 +213,10 @@ def test_the_config_says_how_to_route_and_what_to_keep_exact() -> None:
         "mlp_hidden_act": "relu2",
     }
     assert {key: config[key] for key in expected} == expected
-    assert NemotronHConfig(**config).hybrid_override_pattern == config["hybrid_override_pattern"]
+    read = NemotronHConfig(**config)
+    assert read.hybrid_override_pattern == config["hybrid_override_pattern"]
+    kinds = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
+    assert read.layers_block_type == [kinds[letter] for letter in config["hybrid_override_pattern"]]
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def _pattern(file: Path, stored: Mapping[str, Any]) -> str:
 def to_json(sizes: Sizes) -> Mapping[str, Any]:
     """What transformers and vLLM need to build the model of these sizes.
 
-    The layers are told by the pattern alone, which every release of transformers and vLLM reads.
-
-    transformers 5.17 refuses the pattern beside the published `layers_block_type`, whose names it otherwise translates.
+    The layers are told by the pattern alone, which every release of transformers and vLLM reads, and makes the list
+    `layers_block_type` of. Beside it that list would be refused: under its published names by transformers 5.17, under
+    any by the configuration classes of older releases, where it is a property that nobody can set.
     """
     return {
         "architectures": ["NemotronHForCausalLM"],
