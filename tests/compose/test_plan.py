@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from prl.compose import describe
-from prl.compose.compose import compose
+from prl.compose.compose import Composition, compose
 from prl.compose.plan import NodeGroup, plan, replay_plan
 from prl.errors import ConfigError
 from prl.run_dir import RunDir
@@ -65,8 +65,19 @@ def test_cheap_environments_need_no_process(toy_config: Path, throwaway_plugin: 
             return [Environment(name="light", config=Config, summary="", build="x:y", cheap=True)]
         """,
     )
-    composition = compose(toy_config, plugins="light", overrides=["environments.0.type=light"])
-    assert [p.role for p in plan(composition, RunDir(tmp_path)).processes] == ["controller", "engine", "trainer"]
+    light = ["environments.0.type=light"]
+    assert roles(compose(toy_config, plugins="light", overrides=light), tmp_path) == ["controller", "engine", "trainer"]
+    apart = compose(toy_config, plugins="light", overrides=[*light, "environments.0.runs_in=workers"])
+    assert roles(apart, tmp_path) == ["controller", "engine", "environment", "trainer"]
+
+
+def test_a_config_may_know_that_an_environment_is_cheap(toy_config: Path, tmp_path: Path) -> None:
+    composition = compose(toy_config, overrides=["environments.0.runs_in=controller"])
+    assert roles(composition, tmp_path) == ["controller", "engine", "trainer"]
+
+
+def roles(composition: Composition, folder: Path) -> list[str]:
+    return [process.role for process in plan(composition, RunDir(folder)).processes]
 
 
 def test_a_replay_is_the_trainer_and_who_is_in_charge_of_it(toy_config: Path, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prl.compose.compose import compose
+from prl.errors import ConfigError
 from prl.providers import Drop, InFlight, Pipeline
 from prl.types import Group, TaskRef
 from prl_bounded_staleness import BoundedStalenessConfig, prl_schedulers
@@ -15,11 +18,13 @@ from prl_bounded_staleness.scheduler import BoundedStaleness, build
 
 from tests.dispatch.fakes import rollout
 
+CONFIG = Path(__file__).parents[2] / "configs/guessing.toml"
 TASK = TaskRef(environment="toy", split="train", index=0)
 
 
-def scheduler(max_staleness: int, groups_per_step: int = 4) -> BoundedStaleness:
-    return build(BoundedStalenessConfig(max_staleness=max_staleness), groups_per_step, time.monotonic)
+def scheduler(max_staleness: int, groups_per_step: int = 4, together: int = 1) -> BoundedStaleness:
+    config = BoundedStalenessConfig(max_staleness=max_staleness, together=together)
+    return build(config, groups_per_step, time.monotonic)
 
 
 def group(group_id: int, *versions: int) -> Group:
@@ -52,6 +57,28 @@ def capacity(max_staleness: int, **pipeline: int) -> int:
 )
 def test_capacity(max_staleness, pipeline, expected):
     assert capacity(max_staleness, **pipeline) == expected
+
+
+def test_groups_that_start_together_wait_for_room_and_then_fill_it():
+    waiting = scheduler(3, together=8)
+    seen = [
+        waiting.capacity(Pipeline(version=0, next_version=1, ready=ready, running=running))
+        for ready, running in [(4, 1), (4, 0), (4, 1), (4, 7), (5, 7), (10, 1), (4, 1), (1, 3)]
+    ]
+    assert seen == [0, 8, 7, 1, 0, 0, 0, 8]
+
+
+@pytest.mark.parametrize(
+    ("section", "most"),
+    [
+        ({"scheduler.max_staleness": 1, "scheduler.together": 9}, 8),
+        ({"scheduler.max_staleness": 0, "scheduler.together": 2}, 1),
+    ],
+)
+def test_more_than_ever_find_room_are_refused(section, most):
+    overrides = [f"{name}={value}" for name, value in section.items()]
+    with pytest.raises(ConfigError, match=f"may never find room: at most {most}"):
+        compose(CONFIG, overrides=[*overrides, "rollouts.groups_per_step=8"])
 
 
 def test_a_group_is_as_old_as_its_oldest_token():
@@ -149,12 +176,13 @@ events = st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 50)), max_si
 
 
 @settings(max_examples=150, deadline=None)
-@given(events=events, max_staleness=st.integers(0, 3), groups_per_step=st.integers(1, 4))
-def test_the_bound_holds_and_something_can_always_happen(events, max_staleness, groups_per_step):
-    model = Model(scheduler(max_staleness, groups_per_step))
+@given(events=events, max_staleness=st.integers(0, 3), groups_per_step=st.integers(1, 4), data=st.data())
+def test_the_bound_holds_and_something_can_always_happen(events, max_staleness, groups_per_step, data):
+    together = data.draw(st.integers(1, max(1, max_staleness * groups_per_step)))
+    model = Model(scheduler(max_staleness, groups_per_step, together))
     for name, pick in events:
         getattr(model, name)(pick)
-        within = model.formed - model.version <= max_staleness
+        within = model.formed - model.version <= (max_staleness if together == 1 else 0)
         if within and not model.running and len(model.ready) < groups_per_step:
             assert model.scheduler.capacity(model.pipeline()) > 0
         assert len(model.ready) + len(model.running) <= (max_staleness + 1) * groups_per_step

@@ -30,6 +30,11 @@ class EnvironmentConfig:
 
     name: str = option("", help="name in metrics and records; by default the type")
     weight: float = option(1.0, help="share of training tasks drawn from this environment", validator=not_negative)
+    runs_in: Literal["auto", "controller", "workers"] = option(
+        "auto",
+        help="processes that hold its conversations; the controller saves their way there and back, and must never be "
+        "held up for more than a millisecond; auto: what the plugin says of itself",
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -19,7 +19,7 @@ from typing import Literal
 import attrs
 
 from prl.compose.compose import Composition
-from prl.compose.config import EngineConfig, FailureSection
+from prl.compose.config import EngineConfig, EnvironmentConfig, FailureSection
 from prl.providers import Environment
 from prl.run_dir import RunDir
 
@@ -86,7 +86,7 @@ class LaunchPlan:
 
 
 def plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
-    """One controller, the engines, the environment workers (none when all environments are cheap) and the trainer."""
+    """One controller with the environments that run in it, the engines, workers for other environments, the trainer."""
     run = composition.run
     processes = _numbered([*_inference(composition, run_dir), *_trainer(composition, run_dir)])
     nodes = {"inference": run.engine.nodes, "trainer": run.trainer.nodes}
@@ -120,7 +120,8 @@ def _inference(composition: Composition, run_dir: RunDir) -> list[Process]:
         )
         for part in parts_of(run.engine)
     ]
-    workers = 0 if _all_cheap(composition) else run.rollouts.workers
+    alone = all(runs_in_controller(composition, section) for section in run.environments)
+    workers = 0 if alone else run.rollouts.workers
     environments = [_process(run_dir, "environment", index, node=index % nodes) for index in range(workers)]
     return [_process(run_dir, "controller", 0, announced="controller.json"), *engines, *parts, *environments]
 
@@ -169,10 +170,11 @@ def replay_plan(composition: Composition, run_dir: RunDir) -> LaunchPlan:
     return LaunchPlan(run_dir=run_dir, processes=tuple(processes), groups=groups, failures=failures)
 
 
-def _all_cheap(composition: Composition) -> bool:
-    """Cheap environments run inside the controller."""
-    providers = (composition.provider(section) for section in composition.run.environments)
-    return all(isinstance(provider, Environment) and provider.cheap for provider in providers)
+def runs_in_controller(composition: Composition, section: EnvironmentConfig) -> bool:
+    """Otherwise the environment runs in environment workers."""
+    provider = composition.provider(section)
+    assert isinstance(provider, Environment)
+    return provider.cheap if section.runs_in == "auto" else section.runs_in == "controller"
 
 
 def _process(

@@ -21,7 +21,8 @@ class Environment(Provider):
     build: Ref
     """`(config, seed) -> Env`; seed is the run's."""
     cheap: bool = False
-    """True: never blocks an event loop for more than a millisecond, so it runs inside the controller."""
+    """True: never blocks an event loop for more than a millisecond, so it runs inside the controller unless a
+    config says otherwise (`runs_in`)."""
 
 
 @attrs.frozen(kw_only=True)

@@ -21,10 +21,11 @@ import numpy as np
 from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
+from prl.compose.plan import runs_in_controller
 from prl.compose.routing import replayed
 from prl.errors import CheckpointError, InfrastructureError, PrlError, UserError
 from prl.messages import RunGroup
-from prl.providers import Engine, Env, Environment, Model, Renderer, Score
+from prl.providers import Engine, Env, Model, Renderer, Score
 from prl.rollout import carried
 from prl.rollout.carried import CarriedGroup, CarriedRollout
 from prl.rollout.conversation import Conversation, ConversationOver, Opening
@@ -39,8 +40,8 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 
 def environment_names(composition: Composition, *, cheap: bool) -> tuple[str, ...]:
     """Names of the environments that run in the controller (`cheap`) or in environment workers."""
-    providers = [(section.name, composition.provider(section)) for section in composition.run.environments]
-    return tuple(name for name, p in providers if isinstance(p, Environment) and p.cheap is cheap)
+    sections = composition.run.environments
+    return tuple(section.name for section in sections if runs_in_controller(composition, section) is cheap)
 
 
 class GroupRunner:

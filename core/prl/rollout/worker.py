@@ -11,6 +11,7 @@ reason and the process lives on. Imports no torch. Started by `prl worker --role
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from contextlib import AsyncExitStack
@@ -51,6 +52,7 @@ async def work(composition: Composition, run_dir: RunDir, index: int) -> None:
         stack.callback(connection.close)
         runner = await _build(composition, run_dir, connection)
         stack.push_async_callback(runner.aclose)
+        gc.freeze()  # what is imported and built by now stays, and is most of what a full collection would look at
         await connection.send(
             Hello(role="environment", index=index, pid=os.getpid(), host=socket.gethostname(), sizes=runner.sizes())
         )

@@ -29,6 +29,7 @@ from prl.compose.compose import Composition
 from prl.compose.config import Run
 from prl.compose.routing import replayed
 from prl.errors import PrlError, RunError, is_final
+from prl.freed_memory import keep_freed
 from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
@@ -55,6 +56,7 @@ _AGENT_SECONDS = 5.0
 
 def main(composition: Composition, run_dir: RunDir) -> int:
     """Run one rank to the end of the run; rank and world size come from the elastic agent's environment."""
+    keep_freed()
     torch.set_num_threads(composition.run.trainer.threads)
     ranks = Ranks.join(composition.run.trainer.device, layout_of(composition.run.trainer))
     connection = Connection(run_dir, f"trainer-{ranks.rank}")

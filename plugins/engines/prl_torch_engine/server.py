@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from prl.compose.routing import replayed
+from prl.freed_memory import keep_freed
 from prl.serve.application import application, listening
 
 from prl_torch_engine import TorchEngineConfig
@@ -32,6 +33,7 @@ async def serve(context: EngineContext) -> None:
     """Announce the engine once it listens, and serve until cancelled or until the model fails."""
     run = context.composition.run
     config = cast(TorchEngineConfig, run.engine)
+    keep_freed()
     torch.set_num_threads(config.threads)
     loaded = await asyncio.to_thread(load, context.composition)
     scheduler = Scheduler(

@@ -6,6 +6,9 @@ starting it is safe while that is at most `v + max_staleness`. Solved for the nu
 Stragglers can still be overtaken, so `admit` is what guarantees the bound, and `on_publish` saves the work on groups
 that have already lost.
 
+Where the engines outrun the trainer, room appears a step's groups at a time, and so many decode together. Decoding more
+rows at once costs less per token, so groups can be made to wait for each other (`together`), at the price of age.
+
 With 0 a step's groups start only when the engines serve the version that is to be trained: the synchronous loop. The
 rule is AReaL's staleness control (Fu et al. 2025, arXiv 2505.24298) at group granularity.
 """
@@ -22,9 +25,9 @@ from prl.types import Group
 from prl_bounded_staleness import BoundedStalenessConfig
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class BoundedStaleness:
-    """A pure function of what it is shown: it keeps no state between calls and never looks at a clock.
+    """A function of what it is shown; it never looks at a clock.
 
     Example:
         >>> scheduler = BoundedStaleness(max_staleness=1, groups_per_step=8)
@@ -34,11 +37,17 @@ class BoundedStaleness:
 
     max_staleness: int
     groups_per_step: int
+    together: int = 1
+    """Room for so many groups must be there before the first of them starts; at most max_staleness steps' worth."""
+    _starting: bool = attrs.field(default=False, init=False, eq=False)
+    """Room was found, and is being filled."""
 
     def capacity(self, pipeline: Pipeline) -> int:
         """Positive whenever nothing runs, a step lacks groups and `next_version` is within the bound of `version`."""
         steps = self.max_staleness + 1 - (pipeline.next_version - pipeline.version)
-        return max(0, steps * self.groups_per_step - pipeline.ready - pipeline.running)
+        room = steps * self.groups_per_step - pipeline.ready - pipeline.running
+        self._starting = room > 0 if self._starting else room >= self.together
+        return room if self._starting else 0
 
     def select(self, ready: Sequence[int], outstanding: Sequence[int], count: int) -> Sequence[int]:
         """The oldest that are finished; stragglers are not waited for."""
@@ -61,9 +70,11 @@ class BoundedStaleness:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore: the bound is the config's, the rest is in the pipeline."""
+        """Nothing to restore: the bound is the config's, the rest is in the pipeline, and room is found again."""
 
 
 def build(config: BoundedStalenessConfig, groups_per_step: int, clock: Callable[[], float]) -> BoundedStaleness:
     """The scheduler; time plays no part in it."""
-    return BoundedStaleness(max_staleness=config.max_staleness, groups_per_step=groups_per_step)
+    return BoundedStaleness(
+        max_staleness=config.max_staleness, groups_per_step=groups_per_step, together=config.together
+    )
