@@ -95,7 +95,7 @@ class Study:
             self.lengths,
             data_ranks=layout.data,
             micro_batch_tokens=self._tokens * layout.context,
-            attention_length=self.composition.run.trainer.attention_length,
+            costs=self.survey.costs(max(self.lengths), self.composition.run.trainer.costs),
         )
         heaviest = max((lengths for rank in batches for lengths in rank), key=sum)
         needed = memory(self.survey, settings, heaviest, sampled=self.options.rollouts.sampled)

@@ -20,7 +20,10 @@ from prl.blocks.attention import GroupedQueryAttention
 from prl.blocks.mamba2 import Mamba2
 from prl.blocks.mla import MultiHeadLatentAttention
 from prl.blocks.moe import MixtureOfExperts
+from prl.compose.config import CostsSection
 from prl.providers import NumberFormat, WeightMap
+from prl.score import costs as score_costs
+from prl.score.costs import Costs
 from prl.train import flops
 from prl.train.flops import Flops, Packed
 from prl.train.trace import Footprint, ends_footprint, head_footprint, layer_footprints, without_data
@@ -115,6 +118,18 @@ class Survey:
     def head_flops(self, scored: int) -> Flops:
         """Of the logits of `scored` tokens."""
         return flops.head_flops(self.model.head(), scored)  # type: ignore[operator]
+
+    def costs(self, longest: int, section: CostsSection) -> Costs:
+        """Of training on a sequence of up to `longest` tokens: operations of every layer and of the head, in those of
+        matrix products. UserError for a module with a matrix and no registered count."""
+        lengths = score_costs.points(longest)
+        return Costs(tuple(lengths), tuple(self._cost(length, section) for length in lengths))
+
+    def _cost(self, length: int, section: CostsSection) -> float:
+        kinds = zip(self.kinds, self.layer_flops((length,)), strict=True)
+        flops = sum((each.scaled(len(kind.layers)) for kind, each in kinds), self.head_flops(length))
+        sides = (flops.forward, flops.backward, flops.recompute)
+        return sum(n * getattr(section, work, 1.0) for side in sides for work, n in side.items())
 
     def footprints(
         self, lengths: tuple[int, ...], *, expert: int = 1, granularity: int = 512
