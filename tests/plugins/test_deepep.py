@@ -34,7 +34,7 @@ def test_two_ranks_compute_what_they_do_by_all_to_all(tmp_path, monkeypatch):
 
 def test_experts_that_are_all_here_are_the_reference_s():
     torch.manual_seed(0)
-    experts = Experts(experts=4, hidden_size=8, intermediate_size=6)
+    experts = Experts(experts=4, hidden_size=8, intermediate_size=8)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     x, weights, chosen = torch.randn(5, 8), torch.rand(5, 2), torch.rand(5, 4).argsort(-1)[:, :2]

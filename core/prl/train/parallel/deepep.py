@@ -1,4 +1,4 @@
-"""DeepEP, through torchtitan's autograd operations for it: tokens to the ranks of their experts, and summed on the way back.
+"""DeepEP, through torchtitan's autograd operations for it: tokens to the ranks of their experts, and back, summed.
 
 A token that several experts of one rank were chosen for travels once, and what they make of it is weighted and summed
 before it travels back: fewer bytes than an all-to-all of every choice. Needs DeepEP 2 (`deep_ep.ElasticBuffer`), an
