@@ -42,7 +42,7 @@ from prl.train.layout import Layout
 from prl.train.parallel.ranks import Ranks
 from prl.train.step import Stepper
 from prl.train.streams import StreamLoss
-from prl.train.survey import optimizer_bytes, survey
+from prl.train.survey import optimizer_bytes, optimizer_working, survey
 from prl.types import Batch
 from prl_glm5 import Glm51Config
 from prl_glm5.network import build as glm5
@@ -151,6 +151,7 @@ def planned(case: Case, chunk: int) -> int:
             compute=dtype.itemsize,
             optimizer=per_byte,
             optimizer_per_parameter=per_parameter,
+            optimizer_working=optimizer_working(build, dtype),
             serve=2,
         ),
         checkpointing="full" if case.checkpointing == "full" else "none",

@@ -24,7 +24,7 @@ import torch
 import train_gpu
 from prl.plan.memory import Formats, Memory, Settings, memory
 from prl.train.layout import Layout
-from prl.train.survey import optimizer_bytes, survey
+from prl.train.survey import optimizer_bytes, optimizer_working, survey
 
 SAMPLED = 7 / 8
 """Of a document's tokens, in train_gpu's batches."""
@@ -32,11 +32,19 @@ SKIPPED = ("transformers", "checkpointing mlp", "65k/8 documents")
 
 
 def planned(case: train_gpu.Case) -> Memory:
-    per_byte, per_parameter = optimizer_bytes(train_gpu.OPTIMIZERS[case.optimizer], torch.bfloat16)
+    build = train_gpu.OPTIMIZERS[case.optimizer]
+    per_byte, per_parameter = optimizer_bytes(build, torch.bfloat16)
     surveyed = survey(case.build, device="cuda", dtype=torch.bfloat16, float32=train_gpu.KEEP_FLOAT32)
     settings = Settings(
         layout=Layout(),
-        formats=Formats(parameter=2, compute=2, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=2),
+        formats=Formats(
+            parameter=2,
+            compute=2,
+            optimizer=per_byte,
+            optimizer_per_parameter=per_parameter,
+            optimizer_working=optimizer_working(build, torch.bfloat16),
+            serve=2,
+        ),
         checkpointing=case.trainer.activation_checkpointing,
         optimizer_offload=False,
         activation_offload=case.trainer.activation_offload,

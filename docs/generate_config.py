@@ -50,9 +50,17 @@ def core_sections() -> Iterator[str]:
     yield table(Run)
     for name, kind in get_type_hints(Run).items():
         if attrs.has(kind) and kind not in SECTION_KINDS:
-            yield f"## `[{name}]`\n"
-            yield f"{purpose(kind)}\n"
-            yield table(kind)
+            yield from section(name, kind)
+
+
+def section(name: str, kind: type) -> Iterator[str]:
+    """With the sections inside it."""
+    yield f"## `[{name}]`\n"
+    yield f"{purpose(kind)}\n"
+    yield table(kind)
+    for inside, of in get_type_hints(kind).items():
+        if attrs.has(of) and of not in SECTION_KINDS:
+            yield from section(f"{name}.{inside}", of)
 
 
 def provided_sections() -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import attrs
 
 from prl.checkpoint_dir import FileRecord
+from prl.score.costs import BY_TOKENS, Costs
 from prl.types import Batch, Carried, Group, Manifest, Sample, Sampling, TaskRef
 
 Role: TypeAlias = Literal["environment", "engine", "engine-part", "trainer"]
@@ -23,7 +24,8 @@ class Hello:
     """First message of a worker.
 
     `sizes` (environment workers): `{"<environment>/<split>": number of tasks}`. `url` (engines): where its HTTP server
-    listens. `world_size` and `version` (trainer ranks): ranks in all, and the policy version they hold.
+    listens. `world_size`, `version` and `costs` (trainer ranks): ranks in all, the policy version they hold, and what
+    a sequence costs them.
     """
 
     role: Role
@@ -34,6 +36,7 @@ class Hello:
     url: str = ""
     world_size: int = 1
     version: int = 0
+    costs: Costs = BY_TOKENS
 
 
 @attrs.frozen(kw_only=True)

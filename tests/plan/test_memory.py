@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
@@ -14,9 +15,11 @@ from prl.plan.memory import Formats, Settings, held, memory, shard_size
 from prl.train.agent import launch
 from prl.train.layout import Layout
 from prl.train.parallel.ranks import Ranks
-from prl.train.survey import ParameterInfo, Survey, optimizer_bytes, survey
+from prl.train.survey import ParameterInfo, Survey, optimizer_bytes, optimizer_working, survey
 from prl_adamw import AdamWConfig
 from prl_adamw.adamw import build as adamw
+from prl_sign_sgd import SignSgdConfig
+from prl_sign_sgd.sign_sgd import build as sign_sgd
 
 from tests.plan.held import CHUNK, LENGTHS, MODELS, build
 from tests.plan.held import held as really_held
@@ -29,11 +32,22 @@ def surveyed(name: str) -> Survey:
     return survey(functools.partial(build, name), device="cpu", dtype=torch.float32)
 
 
+def adamw_of(named: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    return adamw(AdamWConfig(), named, 1e-3)
+
+
 def settings(shard: int = 1) -> Settings:
-    per_byte, per_parameter = optimizer_bytes(lambda named: adamw(AdamWConfig(), named, 1e-3))
+    per_byte, per_parameter = optimizer_bytes(adamw_of)
     return Settings(
         layout=Layout(shard=shard),
-        formats=Formats(parameter=4, compute=4, optimizer=per_byte, optimizer_per_parameter=per_parameter, serve=4),
+        formats=Formats(
+            parameter=4,
+            compute=4,
+            optimizer=per_byte,
+            optimizer_per_parameter=per_parameter,
+            optimizer_working=optimizer_working(adamw_of),
+            serve=4,
+        ),
         checkpointing="none",
         optimizer_offload=False,
         logprob_chunk=CHUNK,
@@ -97,6 +111,7 @@ def test_checkpointing_keeps_a_row_a_layer_and_offload_moves_the_state_to_the_ho
     assert lean.kept < plain.kept
     assert layers * row <= lean.kept < (layers + 4) * row
     assert (lean.optimizer, lean.host) == (0, plain.optimizer)
+    assert lean.phases["optimizer"] == plain.phases["optimizer"]  # it comes for the step
     assert lean.peak < plain.peak
 
 
@@ -108,3 +123,15 @@ def test_inputs_of_layers_wait_in_host_memory_but_for_two() -> None:
     row = sum(LENGTHS) * model.hidden_size * 4
     assert (here.host_activations, away.host_activations) == (0, layers * row)
     assert here.kept - away.kept == (layers - 2) * row
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "expected"),
+    [
+        (adamw_of, torch.float32, 0.0),
+        (adamw_of, torch.bfloat16, 2.0),  # all gradients in float32
+        (lambda named: sign_sgd(SignSgdConfig(), named, 1e-3), torch.bfloat16, 0.0),  # one sign after the other
+    ],
+)
+def test_what_a_step_makes_of_all_gradients_at_once(build, dtype: torch.dtype, expected: float) -> None:
+    assert optimizer_working(build, dtype) == expected

@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from prl.score.bins import assign, cost, first_fit_decreasing, karmarkar_karp
+from prl.score.bins import assign, first_fit_decreasing, karmarkar_karp
 
 lengths = st.lists(st.integers(1, 30), max_size=25)
-NEVER = 1 << 40
-"""At so many tokens attention would cost as much as the rest: cost is length."""
 
 
-def test_cost_by_hand():
-    assert cost(100, 100) == 200
-    assert cost(300, 100) == 1200
+def of_attention(lengths, attention_length):
+    """Costs of sequences whose attention costs as much as the rest at `attention_length` tokens."""
+    return [length * (1 + length / attention_length) for length in lengths]
 
 
 @given(lengths=lengths, capacity=st.integers(30, 60))
@@ -43,8 +41,9 @@ def test_every_item_is_in_one_bin_and_none_is_empty_if_there_are_enough(costs, c
 def test_bins_cost_the_same_and_not_only_count_as_many_tokens():
     """One long sample costs as much as many short ones: its rank is given fewer tokens."""
     lengths = [4000, *[500] * 26]
-    assigned = assign(lengths, 2, capacity=16_000, attention_length=1000)
-    costs = [sum(cost(lengths[i], 1000) for chosen in rank for i in chosen) for rank in assigned]
+    each = of_attention(lengths, 1000)
+    assigned = assign(lengths, each, 2, capacity=16_000)
+    costs = [sum(each[i] for chosen in rank for i in chosen) for rank in assigned]
     assert max(costs) / min(costs) < 1.1
     tokens = sorted(sum(lengths[i] for chosen in rank for i in chosen) for rank in assigned)
     assert tokens[0] < 0.7 * tokens[1]
@@ -53,10 +52,11 @@ def test_bins_cost_the_same_and_not_only_count_as_many_tokens():
 def test_what_is_computed_at_the_same_time_costs_about_the_same():
     draw = np.random.default_rng(0)
     lengths = draw.integers(100, 8000, 300).tolist()
-    assigned = assign(lengths, 8, capacity=20_000, attention_length=8192)
+    each = of_attention(lengths, 8192)
+    assigned = assign(lengths, each, 8, capacity=20_000)
     wasted = total = 0.0
     for micro_batches in zip(*assigned, strict=True):
-        costs = [sum(cost(lengths[i], 8192) for i in chosen) for chosen in micro_batches]
+        costs = [sum(each[i] for i in chosen) for chosen in micro_batches]
         wasted += sum(max(costs) - c for c in costs)
         total += sum(costs)
     assert wasted / total < 0.03
@@ -64,7 +64,7 @@ def test_what_is_computed_at_the_same_time_costs_about_the_same():
 
 @given(lengths=lengths, ranks=st.integers(1, 4), capacity=st.integers(5, 60))
 def test_bins_fit_and_ranks_have_equally_many(lengths, ranks, capacity):
-    assigned = assign(lengths, ranks, capacity=capacity, attention_length=NEVER)
+    assigned = assign(lengths, lengths, ranks, capacity=capacity)
     assert len({len(rank) for rank in assigned}) == 1
     for chosen in (chosen for rank in assigned for chosen in rank):
         assert sum(lengths[i] for i in chosen) <= capacity or len(chosen) == 1

@@ -7,6 +7,8 @@ import functools
 import numpy as np
 import pytest
 import torch
+from prl.compose.config import CostsSection
+from prl.score.costs import BY_TOKENS
 from prl.score.pack import share
 from prl.train.flops import Packed, model_flops
 from prl.train.streams import is_scored
@@ -43,6 +45,18 @@ def test_ranks_that_share_documents_report_shares_that_add_up() -> None:
     assert sum(part["throughput/flops"] for part in parts) == pytest.approx(whole["throughput/flops"], rel=0.05)
 
 
+@pytest.mark.parametrize("attention", [1.0, 3.0])
+def test_a_sequence_costs_the_operations_of_all_layers_and_the_head(attention: float) -> None:
+    """Counted again by hand from what attention and everything else do."""
+    section = CostsSection(attention=attention)
+    costs = throughput().costs(60, section)
+    for length in (1, 7, 60):
+        flops = model_flops(build_qwen3(experts=4), Packed([length]), scored=length)
+        work = [pair for side in (flops.forward, flops.backward, flops.recompute) for pair in side.items()]
+        expected = sum(n * (attention if kind == "attention" else 1.0) for kind, n in work)
+        assert costs.of([length]) == [pytest.approx(expected, rel=1e-9)]
+
+
 def test_a_model_that_nobody_can_count_still_has_tokens() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -56,4 +70,5 @@ def test_a_model_that_nobody_can_count_still_has_tokens() -> None:
     odd = Throughput(survey=surveyed(Odd), device=torch.device("cpu"))
     assert odd.sums([MICRO]) == {"throughput/tokens": float(len(MICRO.tokens))}
     assert odd.values() == {}
+    assert odd.costs(10, CostsSection()) == BY_TOKENS
     assert odd.peaks()["memory/peak"] > 1e7

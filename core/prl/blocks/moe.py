@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +20,9 @@ from prl.blocks.kernels import seam
 from prl.blocks.linear import Linear
 from prl.blocks.mlp import swiglu
 from prl.blocks.rounding import Rounds
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Follow: TypeAlias = "Callable[[Tensor], Tensor]"
 """A router's choice [T, K] -> the choice that is followed [T, K] (see `prl.blocks.routing`)."""
@@ -30,23 +34,50 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
 
+class RunExperts(Protocol):
+    """Runs all experts of a layer on tokens that are sorted by expert. Expert parallelism puts another in the place of
+    `HERE`."""
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """Ranks that hold the experts, in order and equally many each; None: all of them are here."""
+
+    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D], counts [E] int64 of each expert, wherever it is -> their outputs [N, D]."""
+
+
+@attrs.frozen(eq=False)
+class RunHere:
+    """All experts are here."""
+
+    group: None = None
+
+    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D] sorted by expert, counts [E] of each -> [N, D]."""
+        outputs: Tensor = experts(x, counts.cumsum(0).int())
+        return outputs
+
+
+HERE = RunHere()
+
+
 @seam
-def dispatch(
-    x: Tensor, weights: Tensor, chosen: Tensor, run: Callable[[Tensor, Tensor], Tensor], experts: int
-) -> Tensor:
+def dispatch(x: Tensor, weights: Tensor, chosen: Tensor, experts: nn.Module, run: RunExperts, count: int) -> Tensor:
     """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D].
 
-    `run(x [N, D] sorted by expert, counts [experts] int64 of each) -> [N, D]` is all experts at once.
+    `run` brings tokens sorted by expert to all `count` experts. `experts(x [N, D] sorted by expert, offsets int32, the
+    end of each expert's rows) -> [N, D]` are those of this rank: a kernel that exchanges tokens with the ranks of
+    `run.group` itself calls them, and needs no `run`.
     """
-    tokens, count = chosen.shape
+    tokens, choices = chosen.shape
     order = chosen.flatten().argsort(stable=True)
     # Of static shape, unlike torch.bincount: nothing waits for a device, and a compiler can follow.
-    counts = torch.zeros(experts, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(count, dtype=torch.int64, device=x.device)
     counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
     # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
-    copies = x[:, None].expand(-1, count, -1).flatten(0, 1)
-    sorted_outputs = run(copies.index_select(0, order), counts)
-    outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, count, x.shape[1])
+    copies = x[:, None].expand(-1, choices, -1).flatten(0, 1)
+    sorted_outputs = run(experts, copies.index_select(0, order), counts)
+    outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, choices, x.shape[1])
     return (outputs * weights[..., None]).sum(1).to(x.dtype)
 
 
@@ -161,17 +192,6 @@ class SquaredReluExperts(Rounds):
         return grouped_mm(up.relu().square(), self.as_served("down_proj"), offsets)
 
 
-RunExperts: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(experts, tokens [N, D] sorted by expert, counts [E] of each expert) -> their outputs [N, D]. Expert parallelism puts
-another in the place of `run_here`."""
-
-
-def run_here(experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
-    """All experts are here."""
-    outputs: Tensor = experts(x, counts.cumsum(0).int())
-    return outputs
-
-
 class MixtureOfExperts(nn.Module):
     """A mixer: router and experts, and optionally a shared expert (itself a mixer) that every token goes through."""
 
@@ -185,7 +205,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = router
         self.experts = experts
         self.shared_experts = shared
-        self.run_experts: RunExperts = run_here
+        self.run_experts: RunExperts = HERE
 
     def forward(self, x: Tensor, context: Context, layer_index: int) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
@@ -196,7 +216,7 @@ class MixtureOfExperts(nn.Module):
 
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [T, D], weights and chosen experts [T, K] -> the weighted sum of the chosen experts' outputs [T, D]."""
-        return dispatch(x, weights, chosen, partial(self.run_experts, self.experts), len(self.gate.weight))
+        return dispatch(x, weights, chosen, self.experts, self.run_experts, len(self.gate.weight))
 
 
 class LatentMixtureOfExperts(MixtureOfExperts):

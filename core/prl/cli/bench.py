@@ -2,7 +2,8 @@
 
 Starts the real ranks (any model and layout of [trainer]), trains a step to warm up and then --steps steps, and prints
 tokens per second, MFU, memory and the time of each phase. --trace also writes what every rank does in one more step,
-for https://ui.perfetto.dev. Nothing is sampled and no engine is started.
+for https://ui.perfetto.dev. Nothing is sampled and no engine is started. --calibrate measures, with lengths of its own,
+what operations of attention cost beside products, and writes it as [trainer.costs], for `extends` of the config.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from prl.cli.launch import add_composition_arguments
 from prl.cli.plan import add_rollout_arguments, rollouts_of
 from prl.cli.table import columns
 from prl.errors import UserError
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
 
 
 def register(subparsers: Any) -> None:
@@ -28,6 +34,7 @@ def register(subparsers: Any) -> None:
     add_composition_arguments(train)
     train.add_argument("--steps", type=int, default=3, metavar="N", help="timed optimizer steps (default 3)")
     train.add_argument("--trace", type=Path, metavar="DIR", help="write rank-<r>.json, a trace of one step, there")
+    train.add_argument("--calibrate", type=Path, metavar="FILE", help="write [trainer.costs], as measured, there")
     train.add_argument("--json", action="store_true", help="print the metrics of every timed step as JSON")
     add_rollout_arguments(train)
     train.set_defaults(run=run)
@@ -43,14 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
         overrides = [*arguments.set, f"run.dir={json.dumps(folder)}"]
         composition = compose(arguments.config, plugins=arguments.plugins, overrides=overrides, probe=False)
         rollouts = rollouts_of(arguments)
+        if arguments.calibrate:
+            return _calibrate(arguments.calibrate, composition, arguments.config, rollouts.sampled)
         lengths = rollouts.lengths(composition.run)
         found = trial.run(
             trial.Trial(
                 composition=composition,
                 source=arguments.config,
-                lengths=lengths,
+                steps=[lengths] * arguments.steps,
                 sampled=rollouts.sampled,
-                steps=arguments.steps,
                 trace=str(arguments.trace.resolve()) if arguments.trace else "",
             )
         )
@@ -58,6 +66,24 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"lengths": lengths, "steps": found}, indent=1))
     else:
         print(columns(_rows(found, lengths, composition.run.trainer.ranks)))
+    return 0
+
+
+def _calibrate(file: Path, composition: Composition, source: Path, sampled: float) -> int:
+    from prl.plan import calibrate, trial
+
+    steps = calibrate.steps(composition.run)
+    found = trial.run(trial.Trial(composition=composition, source=source, steps=steps, sampled=sampled))
+    seconds = [step["time/forward_backward"] + step["time/optimizer"] for step in found]
+    costs = calibrate.measured(composition, sampled, seconds)
+    lengths = sorted({step[0] for step in steps})
+    lines = [
+        f"# prl bench train {source.name} --calibrate: documents of {lengths[0]} to {lengths[-1]} tokens",
+        "[trainer.costs]",
+        *(f"{name} = {value}" for name, value in attrs.asdict(costs).items()),
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
     return 0
 
 

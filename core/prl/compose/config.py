@@ -201,6 +201,17 @@ class ScheduleSection:
 
 
 @attrs.frozen(kw_only=True)
+class CostsSection:
+    """`[trainer.costs]`: what micro-batches are balanced by, the model's operations; `prl bench train --calibrate`
+    measures and writes it."""
+
+    attention: float = option(
+        1.0, help="time of an operation of attention, over that of one of a matrix product", validator=positive
+    )
+    index: float = option(1.0, help="the same of an indexer's scores", validator=positive)
+
+
+@attrs.frozen(kw_only=True)
 class TrainerSection:
     """`[trainer]`: the processes that train."""
 
@@ -223,11 +234,7 @@ class TrainerSection:
     )
     threads: int = option(1, help="CPU threads of each rank", validator=positive)
     micro_batch_tokens: int = option(8192, help="most tokens packed into one forward and backward", validator=positive)
-    attention_length: int = option(
-        8192,
-        help="tokens at which a sequence's attention costs as much as its matrix products; balances micro-batches",
-        validator=positive,
-    )
+    costs: CostsSection = option(attrs.Factory(CostsSection), help="by which micro-batches are balanced")
     logprob_chunk: int = option(1024, help="tokens whose logits exist at one time", validator=positive)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this global norm", validator=positive)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")

@@ -22,6 +22,7 @@ from prl.dispatch.feed import Feed
 from prl.dispatch.progress import Progress
 from prl.ledger import facts
 from prl.ledger.facts import FactSink
+from prl.score.costs import Costs
 from prl.score.credit import Scored, score
 from prl.score.credit_state import CreditState
 from prl.score.pack import pack
@@ -54,6 +55,8 @@ class BatchFormer:
     credit: CreditState
     progress: Progress
     ledger: FactSink
+    costs: Costs
+    """By which batches are packed: the trainer's."""
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step, then close `batches`."""
@@ -69,7 +72,8 @@ class BatchFormer:
         self.progress.change.notify()
         self.credit.forming(version, self.progress.trained)
         scored = await self._score(groups)
-        batch = await pack_batch([s for group in scored for s in group.samples], self.run, version, phase="rl")
+        samples = [s for group in scored for s in group.samples]
+        batch = await pack_batch(samples, self.run, self.costs, version, phase="rl")
         group_ids = tuple(group.group_id for group in groups)
         self.ledger.record(facts.Formed(feed="rl", batch=batch, group_ids=group_ids, groups=scored))
         return PreparedBatch(
@@ -94,7 +98,9 @@ class BatchFormer:
         return learning_rate(run.schedule, run.optimizer.learning_rate, step - run.warmup.steps, run.run.steps)
 
 
-async def pack_batch(samples: Sequence[Sample], run: Run, version: int, *, phase: Literal["warmup", "rl"]) -> Batch:
+async def pack_batch(
+    samples: Sequence[Sample], run: Run, costs: Costs, version: int, *, phase: Literal["warmup", "rl"]
+) -> Batch:
     """The batch that trains `version`, packed for the run's trainer; off the event loop when it is large."""
     call = functools.partial(
         pack,
@@ -104,7 +110,7 @@ async def pack_batch(samples: Sequence[Sample], run: Run, version: int, *, phase
         phase=phase,
         ranks=run.trainer.ranks,
         context=run.trainer.context,
-        attention_length=run.trainer.attention_length,
+        costs=costs,
         micro_batch_tokens=run.trainer.micro_batch_tokens,
     )
     large = sum(len(sample) for sample in samples) > _PACKED_IN_PLACE

@@ -135,6 +135,7 @@ class Assembly:
     def build(self) -> Parts:
         """CheckpointError when the run resumes from what does not belong to it."""
         run, progress = self.composition.run, self.reporter.progress
+        costs = self.workers["trainer"][0][1].costs
         engines = EnginePool(list(self._engines()), progress.change, self.ledger)
         environments = EnvironmentPool(self._places(), on_run=self._placed(engines))
         placement = Placement(engines, environments, timeout=run.rollouts.timeout)
@@ -156,6 +157,7 @@ class Assembly:
                 credit=state.credit,
                 progress=progress,
                 ledger=self.ledger,
+                costs=costs,
             ),
             warmup=WarmupBatches(
                 run=run,
@@ -163,6 +165,7 @@ class Assembly:
                 environments=environments,
                 progress=progress,
                 ledger=self.ledger,
+                costs=costs,
             ),
             evaluator=self._evaluator(placement),
             checkpoints=self._checkpoints(trainer, state, dispatcher, environments),

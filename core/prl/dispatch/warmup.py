@@ -21,6 +21,7 @@ from prl.dispatch.progress import Progress
 from prl.errors import InfrastructureError, RunError
 from prl.ledger import facts
 from prl.ledger.facts import FactSink
+from prl.score.costs import Costs
 from prl.train.schedule import learning_rate
 from prl.types import Sample, TaskRef
 
@@ -34,6 +35,8 @@ class WarmupBatches:
     environments: EnvironmentPool
     progress: Progress
     ledger: FactSink
+    costs: Costs
+    """By which batches are packed: the trainer's."""
 
     async def form(self, batches: BoundedQueue[PreparedBatch]) -> None:
         """Every batch up to the last step of the warm-up, then close `batches`."""
@@ -56,7 +59,7 @@ class WarmupBatches:
         section = self.run.warmup
         group_ids = tuple(issue.group_id for issue in issues)
         self.ledger.record(facts.Demonstrated(group_ids=group_ids, samples=tuple(samples)))
-        batch = await pack_batch(samples, self.run, self.progress.formed, phase="warmup")
+        batch = await pack_batch(samples, self.run, self.costs, self.progress.formed, phase="warmup")
         self.progress.formed += 1
         self.ledger.record(facts.Formed(feed="warmup", batch=batch, group_ids=group_ids, groups=()))
         return PreparedBatch(

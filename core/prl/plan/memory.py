@@ -43,6 +43,8 @@ class Formats:
     optimizer: float
     """State per byte of a trained parameter."""
     optimizer_per_parameter: float
+    optimizer_working: float
+    """What a step makes beside its state, per byte of a gradient."""
     serve: int
 
 
@@ -162,7 +164,8 @@ def memory(
         + units.gradients
         + units.head_gradient
         + _backward(survey, settings, layers, each_kept, kept, grow=not accumulating),
-        "optimizer": parameters + gradients + optimizer,
+        # State that waits in host memory is on the device while parameters move.
+        "optimizer": parameters + gradients + state + round(settings.formats.optimizer_working * gradients),
     }
     return Memory(
         parameters=parameters,

@@ -95,7 +95,7 @@ class Study:
             self.lengths,
             data_ranks=layout.data,
             micro_batch_tokens=self._tokens * layout.context,
-            attention_length=self.composition.run.trainer.attention_length,
+            costs=self.survey.costs(max(self.lengths), self.composition.run.trainer.costs),
         )
         heaviest = max((lengths for rank in batches for lengths in rank), key=sum)
         needed = memory(self.survey, settings, heaviest, sampled=self.options.rollouts.sampled)
@@ -146,7 +146,7 @@ def study(composition: Composition, options: Options) -> Study:
     """Survey the config's model; seconds for a trillion parameters."""
     import torch
 
-    from prl.train.survey import exported_bytes, optimizer_bytes, survey
+    from prl.train.survey import exported_bytes, optimizer_bytes, optimizer_working, survey
 
     run = composition.run
     provider = composition.provider(run.model)
@@ -178,6 +178,7 @@ def study(composition: Composition, options: Options) -> Study:
             compute=compute.itemsize,
             optimizer=per_byte,
             optimizer_per_parameter=per_parameter,
+            optimizer_working=optimizer_working(build, number_format.train_dtype),
             serve=number_format.serve_dtype.itemsize,
         ),
         exported=Exported(dense=dense, experts=experts),

@@ -25,6 +25,7 @@ from prl.messages import Stop
 from prl.providers import Model
 from prl.rollout import tokenizer
 from prl.run_dir import RunDir
+from prl.score.costs import Costs
 from prl.score.pack import pack
 from prl.train.layout import layout_of
 from prl.types import Batch, Sample
@@ -38,13 +39,11 @@ class Trial:
 
     composition: Composition
     source: Path
-    lengths: Sequence[int]
-    """Tokens of every rollout of a step."""
+    steps: Sequence[Sequence[int]]
+    """Timed ones, each the tokens of its rollouts. One like the first comes before them, to warm up."""
     sampled: float
-    steps: int
-    """Timed ones; one more comes before them, to warm up."""
-    trace: str
-    """Folder for a trace of one more step; empty: none."""
+    trace: str = ""
+    """Folder for a trace of one more step, like the last; empty: none."""
 
 
 def run(trial: Trial) -> list[dict[str, float]]:
@@ -76,18 +75,19 @@ async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def _steps(trial: Trial, hub: Hub, ranks: int) -> list[dict[str, float]]:
-    peers = [(await hub.hello("trainer", rank))[0] for rank in range(ranks)]
+    workers = [await hub.hello("trainer", rank) for rank in range(ranks)]
+    peers = [peer for peer, _ in workers]
     trainer = Trainer(hub, peers)
     found = []
-    numbers = range(1 + trial.steps + bool(trial.trace))
-    for number in numbers:
-        traced = trial.trace if trial.trace and number == numbers[-1] else ""
-        batch = _batch(trial, number)
+    steps = [trial.steps[0], *trial.steps, *([trial.steps[-1]] if trial.trace else [])]
+    for number, lengths in enumerate(steps):
+        traced = trial.trace if trial.trace and number == len(steps) - 1 else ""
+        batch = _batch(trial, lengths, number, workers[0][1].costs)
         reports = await trainer.step(batch, learning_rate=1e-6, publish=False, trace=traced)
         found.append(trainer_metrics(batch, reports))
     for peer in peers:
         await hub.send(peer, Stop())
-    return found[1 : 1 + trial.steps]
+    return found[1 : 1 + len(trial.steps)]
 
 
 @asynccontextmanager
@@ -124,19 +124,20 @@ async def _first_end(started: Sequence[tuple[asyncio.subprocess.Process, Path]],
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
-def _batch(trial: Trial, number: int) -> Batch:
+def _batch(trial: Trial, lengths: Sequence[int], number: int, costs: Costs) -> Batch:
     """The batch of one step: rollouts whose beginning is given and whose rest the policy sampled."""
     run = trial.composition.run
     draw = np.random.default_rng((run.run.seed, number))
     vocabulary = _vocab_size(trial.composition)
     return pack(
-        [_sample(draw, length, vocabulary, trial.sampled, number) for length in trial.lengths],
+        [_sample(draw, length, vocabulary, trial.sampled, number) for length in lengths],
         step=number + 1,
         version=number,
         phase="rl",
         ranks=run.trainer.ranks,
         micro_batch_tokens=run.trainer.micro_batch_tokens,
         context=layout_of(run.trainer).context,
+        costs=costs,
     )
 
 

@@ -14,6 +14,7 @@ from attrs import validators
 from prl.compose.config import Run, not_negative
 from prl.providers import option
 from prl.score.bins import assign
+from prl.score.costs import BY_TOKENS, Costs
 from prl.simulate.workload import LognormalLengths, LognormalSeconds, Workload
 
 _share = validators.and_(validators.ge(0.0), validators.le(1.0))
@@ -46,10 +47,10 @@ class Rollouts:
 
 
 def micro_batches(
-    lengths: Sequence[int], *, data_ranks: int, micro_batch_tokens: int, attention_length: int = 8192
+    lengths: Sequence[int], *, data_ranks: int, micro_batch_tokens: int, costs: Costs = BY_TOKENS
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For every data rank its micro-batches, each the lengths of its documents; () stands for an empty one."""
-    assigned = assign(lengths, data_ranks, capacity=micro_batch_tokens, attention_length=attention_length)
+    assigned = assign(lengths, costs.of(lengths), data_ranks, capacity=micro_batch_tokens)
     return tuple(tuple(tuple(lengths[i] for i in chosen) for chosen in rank) for rank in assigned)
 
 

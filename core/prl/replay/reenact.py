@@ -53,6 +53,7 @@ from prl.ledger.events import (
 )
 from prl.ledger.facts import Fact
 from prl.replay.compare import Recorded, check_sentences, check_states
+from prl.score.costs import Costs
 from prl.types import Batch, Group, Manifest
 
 GIVEN = (Trained, Served, Loads, Cut)
@@ -85,7 +86,7 @@ class Stage:
     witness: Witness
 
     @classmethod
-    def build(cls, composition: Composition, continued: Continued, clock: Callable[[], float]) -> Stage:
+    def build(cls, composition: Composition, continued: Continued, costs: Costs, clock: Callable[[], float]) -> Stage:
         """As they were when the launch began."""
         run, witness, saved = composition.run, Witness(), json.loads(continued.state)
         progress = Progress(steps=run.warmup.steps + run.run.steps)
@@ -116,6 +117,7 @@ class Stage:
                 credit=state.credit,
                 progress=progress,
                 ledger=witness,
+                costs=costs,
             ),
             warmup=WarmupBatches(
                 run=run,
@@ -123,6 +125,7 @@ class Stage:
                 environments=environments,
                 progress=progress,
                 ledger=witness,
+                costs=costs,
             ),
             witness=witness,
         )
@@ -140,6 +143,8 @@ class Reenactment:
     followed_by: Continued | None
     """Of the launch that continued from the checkpoint of step `end`; None: the last step is where it ends."""
     trainer: Trainer
+    costs: Costs
+    """The trainer's, by which batches are packed."""
     recorded: Recorded
     columns: ColumnFolder
     on_step: Callable[[int], bool]
@@ -156,7 +161,7 @@ class Reenactment:
 
     def __attrs_post_init__(self) -> None:
         self.trained = self.continued.step
-        self._stage = Stage.build(self.composition, self.continued, lambda: self._now)
+        self._stage = Stage.build(self.composition, self.continued, self.costs, lambda: self._now)
 
     async def run(self) -> None:
         """RunError when the log ends too early."""

@@ -30,6 +30,7 @@ from prl.replay.history import head
 from prl.replay.order import ORDER, REPORT, Order, Report
 from prl.replay.reenact import Reenactment
 from prl.run_dir import RunDir, read_json
+from prl.score.costs import Costs
 
 
 def main(composition: Composition, run_dir: RunDir) -> int:
@@ -49,8 +50,8 @@ async def act(composition: Composition, run_dir: RunDir, order: Order) -> Report
         async with Hub(run_dir, network.address(composition.run)) as hub, asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(hub.serve())
             try:
-                trainer = await _trainer(hub, composition, head(Path(order.log))[1].step)
-                acted.append(_reenactment(composition, run_dir, order, trainer))
+                trainer, costs = await _trainer(hub, composition, head(Path(order.log))[1].step)
+                acted.append(_reenactment(composition, run_dir, order, trainer, costs))
                 await acted[0].run()
                 if order.checkpoint and acted[0].trained == order.end:
                     await acted[0].save(Path(order.checkpoint), identity(composition))
@@ -67,16 +68,18 @@ async def act(composition: Composition, run_dir: RunDir, order: Order) -> Report
     return Report(trained=trained, weights=weights, difference=difference, error=sentence)
 
 
-async def _trainer(hub: Hub, composition: Composition, version: int) -> Trainer:
-    """Every rank, holding the version that the launch began with."""
+async def _trainer(hub: Hub, composition: Composition, version: int) -> tuple[Trainer, Costs]:
+    """Every rank, holding the version that the launch began with, and what sequences cost them."""
     workers = [await hub.hello("trainer", rank) for rank in range(composition.run.trainer.ranks)]
     for peer, hello in workers:
         if hello.version != version:
             raise CheckpointError(f"{peer.decode()} starts from version {hello.version}, the launch from {version}")
-    return Trainer(hub, [peer for peer, _ in workers])
+    return Trainer(hub, [peer for peer, _ in workers]), workers[0][1].costs
 
 
-def _reenactment(composition: Composition, run_dir: RunDir, order: Order, trainer: Trainer) -> Reenactment:
+def _reenactment(
+    composition: Composition, run_dir: RunDir, order: Order, trainer: Trainer, costs: Costs
+) -> Reenactment:
     _, continued = head(Path(order.log))
     return Reenactment(
         composition=composition,
@@ -85,6 +88,7 @@ def _reenactment(composition: Composition, run_dir: RunDir, order: Order, traine
         end=order.end,
         followed_by=head(Path(order.followed_by))[1] if order.followed_by else None,
         trainer=trainer,
+        costs=costs,
         recorded=Recorded.of(snapshot(RunDir(order.run).ledger), order.launch),
         columns=ColumnFolder(run_dir.columns),
         on_step=_on_step(run_dir, tell=order.tell),

@@ -16,21 +16,11 @@ from typing import TypeAlias
 Bin: TypeAlias = list[int]
 
 
-def cost(length: int, attention_length: int) -> float:
-    """Of computing a sequence, in tokens of a short one.
-
-    Matrix products cost the same for every token, attention for every pair of tokens; at `attention_length` tokens both
-    cost the same.
-    """
-    return length * (1 + length / attention_length)
-
-
-def assign(lengths: Sequence[int], ranks: int, *, capacity: int, attention_length: int) -> list[list[Bin]]:
-    """The bins of each rank: equally many, empty ones only where there are too few samples.
+def assign(lengths: Sequence[int], costs: Sequence[float], ranks: int, *, capacity: int) -> list[list[Bin]]:
+    """The bins of each rank: equally many, empty ones only where there are too few samples. `costs`: of each sample.
 
     No bin has more than `capacity` tokens, unless by a single sample.
     """
-    costs = [cost(length, attention_length) for length in lengths]
     bins = _balanced(lengths, costs, ranks, capacity)
     bins.sort(key=lambda chosen: (-sum(costs[i] for i in chosen), chosen))
     bins += [[] for _ in range(-len(bins) % ranks)]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from prl.errors import RunError
 from prl.score.bins import assign
+from prl.score.costs import BY_TOKENS, Costs
 from prl.types import STREAMS, Batch, ContextShard, MicroBatch, Sample, Stream
 
 _FEWEST_ROWS = 8
@@ -30,18 +31,18 @@ def pack(
     ranks: int,
     micro_batch_tokens: int,
     context: int = 1,
-    attention_length: int = 8192,
+    costs: Costs = BY_TOKENS,
 ) -> Batch:
     """One optimizer step's batch for `ranks` trainer ranks, of which each `context` neighbours share their sequences.
 
     No rank is given more than `micro_batch_tokens` tokens at a time, unless by a single sample. Raises RunError for a
-    sample whose first token is weighted: nothing precedes it, so it has no log-probability. `attention_length` is that
-    of `prl.score.bins.cost`.
+    sample whose first token is weighted: nothing precedes it, so it has no log-probability. What is computed at the
+    same time is of about the same `costs`.
     """
     streams = _streams(samples)
     groups = ranks // context
     lengths = [len(sample) for sample in samples]
-    assigned_bins = assign(lengths, groups, capacity=micro_batch_tokens * context, attention_length=attention_length)
+    assigned_bins = assign(lengths, costs.of(lengths), groups, capacity=micro_batch_tokens * context)
     with_reference = any(sample.ref_logprobs is not None for sample in samples)
     assigned = [
         [_micro_batch([samples[i] for i in chosen], streams, with_reference) for chosen in group]

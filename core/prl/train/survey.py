@@ -20,10 +20,13 @@ from prl.blocks.attention import GroupedQueryAttention
 from prl.blocks.mamba2 import Mamba2
 from prl.blocks.mla import MultiHeadLatentAttention
 from prl.blocks.moe import MixtureOfExperts
+from prl.compose.config import CostsSection
 from prl.providers import NumberFormat, WeightMap
+from prl.score import costs as score_costs
+from prl.score.costs import Costs
 from prl.train import flops
 from prl.train.flops import Flops, Packed
-from prl.train.trace import Footprint, ends_footprint, head_footprint, layer_footprints, without_data
+from prl.train.trace import Footprint, LiveBytes, ends_footprint, head_footprint, layer_footprints, without_data
 
 _Answer = TypeVar("_Answer")
 
@@ -115,6 +118,18 @@ class Survey:
     def head_flops(self, scored: int) -> Flops:
         """Of the logits of `scored` tokens."""
         return flops.head_flops(self.model.head(), scored)  # type: ignore[operator]
+
+    def costs(self, longest: int, section: CostsSection) -> Costs:
+        """Of training on a sequence of up to `longest` tokens: operations of every layer and of the head, in those of
+        matrix products. UserError for a module with a matrix and no registered count."""
+        lengths = score_costs.points(longest)
+        return Costs(tuple(lengths), tuple(self._cost(length, section) for length in lengths))
+
+    def _cost(self, length: int, section: CostsSection) -> float:
+        kinds = zip(self.kinds, self.layer_flops((length,)), strict=True)
+        flops = sum((each.scaled(len(kind.layers)) for kind, each in kinds), self.head_flops(length))
+        sides = (flops.forward, flops.backward, flops.recompute)
+        return sum(n * getattr(section, work, 1.0) for side in sides for work, n in side.items())
 
     def footprints(
         self, lengths: tuple[int, ...], *, expert: int = 1, granularity: int = 512
@@ -331,3 +346,24 @@ def optimizer_bytes(
     small, large = (p.nbytes for _, p in parameters)
     per_byte = (held[1] - held[0]) / (large - small)
     return per_byte, held[0] - per_byte * small
+
+
+def optimizer_working(
+    build: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer], dtype: torch.dtype = torch.float32
+) -> float:
+    """Bytes that exist during a step alone, per byte of all parameters: what grows with their number, as copies of all
+    gradients do, and not what is made for one after the other."""
+    peaks = []
+    for count in (2, 3):  # of the one before, something may still exist
+        parameters = [(f"p{index}", nn.Parameter(torch.zeros(64, 64, dtype=dtype))) for index in range(count)]
+        optimizer = build(parameters)
+        for _, parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # what it keeps exists from now on
+        live = LiveBytes(1)
+        kept = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        live.adopt((*(p for _, p in parameters), *(p.grad for _, p in parameters if p.grad is not None), *kept))
+        with live:
+            optimizer.step()
+        peaks.append(live.peak)
+    return (peaks[1] - peaks[0]) / parameter.nbytes

@@ -15,8 +15,10 @@ import attrs
 import numpy as np
 import torch
 
+from prl.compose.config import CostsSection
 from prl.errors import UserError
 from prl.plan.devices import recognised
+from prl.score.costs import BY_TOKENS, Costs
 from prl.train.streams import is_scored
 from prl.train.survey import Survey
 from prl.types import MicroBatch
@@ -36,6 +38,13 @@ class Throughput:
             return {"throughput/tokens": tokens, "throughput/flops": sum(map(self._flops, micro_batches))}
         except UserError:
             return {"throughput/tokens": tokens}
+
+    def costs(self, longest: int, section: CostsSection) -> Costs:
+        """Of a sequence, by its length; by its tokens if a module of the model has no count."""
+        try:
+            return self.survey.costs(longest, section)
+        except UserError:
+            return BY_TOKENS
 
     def values(self) -> dict[str, float]:
         """What the device can do at best, where the table of devices knows it."""

@@ -34,6 +34,7 @@ from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, T
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
 from prl.rollout import tokenizer
 from prl.run_dir import RunDir
+from prl.score.costs import Costs
 from prl.train import layers
 from prl.train.checkpoint import TrainerState
 from prl.train.export import Exporter, HuggingFaceExport, Shares
@@ -91,6 +92,8 @@ class TrainerRank:
     """None: checkpoints hold what a run continues from, and nothing else."""
     version: int
     """Policy version of the weights it holds."""
+    costs: Costs
+    """Of a sequence: the controller packs by it."""
     _waited: float = 0.0
 
     def serve(self) -> None:
@@ -103,6 +106,7 @@ class TrainerRank:
                 host=socket.gethostname(),
                 world_size=self.ranks.world_size,
                 version=self.version,
+                costs=self.costs,
             )
         )
         try:
@@ -185,6 +189,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
     )
     shares = Shares(model=model, weight_map=weight_map, rank=ranks.rank, ranks=ranks.world_size)
     version = state.load(Path(run.checkpoints.resume)) if run.checkpoints.resume else 0
+    throughput = _throughput(composition, ranks, vocab_size, number_format)
     return TrainerRank(
         ranks=ranks,
         connection=connection,
@@ -200,7 +205,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
             context=ranks.context,
             routes=_routes(composition, run_dir),
         ),
-        throughput=_throughput(composition, ranks, vocab_size, number_format),
+        throughput=throughput,
         state=state,
         exporter=Exporter(
             shares=shares,
@@ -212,6 +217,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
         saver=Saver(functools.partial(Connection, run_dir, f"trainer-{ranks.rank}-checkpoints")),
         huggingface=_huggingface(run, shares, number_format) if run.checkpoints.huggingface else None,
         version=version,
+        costs=throughput.costs(run.rollouts.sequence_length, run.trainer.costs),
     )
 
 

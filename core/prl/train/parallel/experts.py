@@ -22,6 +22,7 @@ class AllToAll:
 
     group: ProcessGroup
     count: int
+    """Ranks of the group."""
 
     def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, D] sorted by expert, counts [E] over all experts -> the experts' outputs [N, D]."""
