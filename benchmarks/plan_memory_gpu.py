@@ -25,8 +25,6 @@ import train_gpu
 from prl.plan.memory import Formats, Memory, Settings, memory
 from prl.train.layout import Layout
 from prl.train.survey import optimizer_bytes, survey
-from prl_adamw import AdamWConfig
-from prl_adamw.adamw import build as adamw
 
 SAMPLED = 7 / 8
 """Of a document's tokens, in train_gpu's batches."""
@@ -34,7 +32,7 @@ SKIPPED = ("transformers", "checkpointing mlp", "65k/8 documents")
 
 
 def planned(case: train_gpu.Case) -> Memory:
-    per_byte, per_parameter = optimizer_bytes(lambda named: adamw(AdamWConfig(), named, 1e-6))
+    per_byte, per_parameter = optimizer_bytes(train_gpu.OPTIMIZERS[case.optimizer], torch.bfloat16)
     surveyed = survey(case.build, device="cuda", dtype=torch.bfloat16, float32=train_gpu.KEEP_FLOAT32)
     settings = Settings(
         layout=Layout(),

@@ -3,6 +3,7 @@
     python benchmarks/train_gpu.py --out benchmarks/results/train_gpu.json            everything, about 20 minutes
     python benchmarks/train_gpu.py --only qwen3-0.6b/16k                              cases whose names contain it
     python benchmarks/train_gpu.py --only "slice/one document" --profile       with the kernels of a step
+    python benchmarks/train_gpu.py --only slice --optimizer sign_sgd                  on a card of 80 GB
     python benchmarks/train_gpu.py --only "inputs in host memory"                     checkpoints in host memory
     python benchmarks/train_gpu.py --smoke                                            tiny, on any machine
 
@@ -56,6 +57,8 @@ from prl_policy_gradient import DppoConfig  # noqa: E402
 from prl_policy_gradient.losses import dppo  # noqa: E402
 from prl_qwen3 import Qwen3Config  # noqa: E402
 from prl_qwen3.network import build as qwen3  # noqa: E402
+from prl_sign_sgd import SignSgdConfig  # noqa: E402
+from prl_sign_sgd.sign_sgd import build as sign_sgd  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -67,6 +70,13 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 KEEP_FLOAT32 = ("e_score_correction_bias", "mixer.A_log", "mixer.D", "mixer.dt_bias")
 QWEN = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "layers": 28, "heads": 16, "kv_heads": 8}
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda named: adamw(AdamWConfig(learning_rate=1e-6), named, 1e-6),
+    "sign_sgd": lambda named: sign_sgd(SignSgdConfig(learning_rate=1e-6), named, 1e-6),
+}
+"""Of a bfloat16 parameter adamw keeps 12 bytes, sign_sgd none: the slices fit in 80 GB with it alone."""
 
 
 @attrs.frozen(kw_only=True)
@@ -81,6 +91,8 @@ class Case:
     note: str = ""
     packed_topk: bool = False
     """Selects tokens by the kernel of the plugin `packed_topk`."""
+    optimizer: str = "adamw"
+    """prl's."""
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -153,7 +165,7 @@ def batch_of(lengths: Sequence[int], vocab: int, step: int) -> Batch:
     """Documents of which the first eighth is a prompt, the rest sampled by the version before."""
     draw = np.random.default_rng(step)
     return pack(
-        [_sample(draw, length, vocab, step) for length in lengths],
+        [sample_of(draw, length, vocab, step) for length in lengths],
         step=step + 1,
         version=step,
         phase="rl",
@@ -162,7 +174,7 @@ def batch_of(lengths: Sequence[int], vocab: int, step: int) -> Batch:
     )
 
 
-def _sample(draw: np.random.Generator, length: int, vocab: int, version: int) -> Sample:
+def sample_of(draw: np.random.Generator, length: int, vocab: int, version: int) -> Sample:
     sampled = np.arange(length) >= max(1, length // 8)
     zeros = np.zeros(length, np.float32)
     return Sample(
@@ -187,7 +199,7 @@ def prl_steps(case: Case) -> tuple[Callable[[int], object], nn.Module, int]:
     layers.apply(model, case.trainer)
     stepper = Stepper(
         model=model,
-        optimizer=adamw(AdamWConfig(learning_rate=1e-6), model.named_parameters(), 1e-6),
+        optimizer=OPTIMIZERS[case.optimizer](model.named_parameters()),
         losses={"rl": StreamLoss(function=dppo(DppoConfig()))},
         logprob_chunk=case.trainer.logprob_chunk,
         max_grad_norm=1.0,
@@ -279,6 +291,7 @@ def measure(case: Case, *, warm: int, timed: int, profile: bool) -> dict[str, An
         "name": case.name,
         "note": case.note,
         "parameters": parameters,
+        "optimizer": case.optimizer,
         "tokens": sum(case.lengths),
         "warm_up_seconds": round(warmed, 1),
         "seconds_per_step": median,
@@ -346,6 +359,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, any machine")
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--eager", action="store_true", help="compile nothing of prl's")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="prl's (default adamw)")
     parser.add_argument("--timed", type=int, default=5, help="steps that count")
     parser.add_argument("--profile", action="store_true", help="also the kernels of one more step")
     parser.add_argument("--out", type=Path, help="where results are written, after every case")
@@ -370,6 +384,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         try:
+            case = attrs.evolve(case, optimizer=options.optimizer)
             keep(measure(case, warm=2 if options.smoke else 3, timed=options.timed, profile=options.profile))
         except Exception as error:  # one case that cannot run here must not cost the others
             traceback.print_exc()

@@ -4,6 +4,8 @@
     checkpoints/step-N/              complete: renamed once everything is on disk
         manifest.json                step, identity of the config, size and checksum of every other file
         controller.json              written by `prl.dispatch.checkpoint`, with pending.groups
+        columns/                     large columns of those groups
+        in-flight/                   what is finished of other groups (`prl.rollout.carried`)
         trainer/rank-<r>.*           written by `prl.train.checkpoint`
 
 A checksum is the crc32 that `zlib` computes, taken while the file is written: it tells what a disk or a copy did to it.
@@ -32,6 +34,10 @@ FORMAT = 4
 MANIFEST = "manifest.json"
 CONTROLLER_FILES = STATE, GROUPS = "controller.json", "pending.groups"
 """The controller's part of a checkpoint."""
+COLUMNS = "columns"
+"""Folder of the large columns that the groups in it refer to."""
+IN_FLIGHT = "in-flight"
+"""Folder of what is finished of other groups, a file for each place where groups are rolled out."""
 _READ_BYTES = 1 << 22
 
 
@@ -100,6 +106,13 @@ def write_json(path: Path, value: Any) -> FileRecord:
     with RecordedFile(path) as file:
         file.write(json.dumps(value, indent=1).encode())
     return file.record
+
+
+def record_of(file: Path) -> FileRecord:
+    """The record of a file that somebody else has written; it is on the disk then."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+    return FileRecord(nbytes=file.stat().st_size, checksum=_checksum(file))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prl.errors import InfrastructureError
-from prl.types import ColumnReference
+from prl.types import ColumnReference, Group
 
 _DTYPES = {name: np.dtype(name) for name in ("bool", "uint8", "uint16", "int32", "int64", "float32")}
 _ALIGNMENT = 64
@@ -107,9 +107,28 @@ class ColumnFolder:
         for file in files:
             (self.path / file).unlink(missing_ok=True)
 
+    def lend(self, files: Iterable[str], folder: Path) -> None:
+        """Have these files in another folder, too: as hard links, or copies where it lies on another file system.
+
+        Nobody writes into a column that is complete, so two names of one file are as good as two files.
+        """
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+            try:
+                os.link(self.path / file, folder / file)
+            except OSError:
+                shutil.copyfile(self.path / file, folder / file)
+
     def clear(self) -> None:
         """Remove everything: what the end of a run leaves behind belongs to attempts that nobody waits for."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def named_by(groups: Iterable[Group]) -> set[str]:
+    """The files that hold the large columns of these groups."""
+    columns = (pieces for group in groups for rollout in group.rollouts for pieces in rollout.large.values())
+    return {piece.file for pieces in columns for piece in pieces}
 
 
 def abandoned(files: Sequence[str], alive: Collection[tuple[int, int]]) -> list[str]:

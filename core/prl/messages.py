@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import attrs
 
 from prl.checkpoint_dir import FileRecord
-from prl.types import Batch, Group, Manifest, Sample, Sampling, TaskRef
+from prl.types import Batch, Carried, Group, Manifest, Sample, Sampling, TaskRef
 
 Role: TypeAlias = Literal["environment", "engine", "engine-part", "trainer"]
 
@@ -62,12 +62,31 @@ class RunGroup:
     engine: str
     """URL of the engine: siblings and turns stay on one, for its prefix cache."""
     version: int
+    carried: Carried | None = None
+    """What a checkpoint has of this attempt."""
 
 
 @attrs.frozen(kw_only=True)
 class GroupDone:
     request: int
     group: Group
+
+
+@attrs.frozen(kw_only=True)
+class KeepInFlight:
+    """Write what is finished of the worker's groups into the file `path`: tokens of versions up to `version`."""
+
+    request: int
+    path: str
+    version: int
+
+
+@attrs.frozen(kw_only=True)
+class InFlightKept:
+    """It is on disk; without any group there is no file."""
+
+    request: int
+    groups: tuple[Carried, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -159,5 +178,5 @@ class Stop:
     """The run is over: clean up and exit 0."""
 
 
-TO_CONTROLLER = (Hello, Failed, GroupDone, Demonstrations, StepDone, Saved)
-TO_WORKER = (RunGroup, Cancel, Demonstrate, TrainStep, Publish, Retire, Save, Stop)
+TO_CONTROLLER = (Hello, Failed, GroupDone, Demonstrations, InFlightKept, StepDone, Saved)
+TO_WORKER = (RunGroup, Cancel, Demonstrate, KeepInFlight, TrainStep, Publish, Retire, Save, Stop)

@@ -96,6 +96,28 @@ class RouteRecord:
         return {EXPERTS: experts, VERSIONS: versions}
 
 
+def until(routes: Routes | None, end: int) -> Routes | None:
+    """The rows of tokens before `end`."""
+    if routes is None:
+        return None
+    count = max(0, end - routes.start)
+    return attrs.evolve(routes, experts=routes.experts[:count], versions=routes.versions[:count])
+
+
+def joined(first: Routes | None, second: Routes | None) -> Routes | None:
+    """The rows of both, where `second` goes on after `first`; what is not told of stays unknown."""
+    if first is None or second is None:
+        return first or second
+    end = first.start + len(first.versions)
+    if second.start != end or second.layers != first.layers:
+        return first
+    return attrs.evolve(
+        first,
+        experts=np.concatenate([first.experts, second.experts]),
+        versions=np.concatenate([first.versions, second.versions]),
+    )
+
+
 def store(
     columns: dict[str, NDArray[Any]], folder: ColumnFolder, *, opening: int, group_id: int, attempt: int
 ) -> dict[str, Pieces]:

@@ -107,6 +107,20 @@ class Completion:
 
 
 @attrs.frozen(kw_only=True)
+class Carried:
+    """Where a checkpoint has what was finished of a group in flight (`prl.rollout.carried`)."""
+
+    group_id: int
+    attempt: int
+    oldest_version: int
+    """Policy version that sampled the oldest of its tokens."""
+    file: str
+    offset: int
+    """Bytes from the start of the file."""
+    nbytes: int
+
+
+@attrs.frozen(kw_only=True)
 class Turn:
     """One assistant turn inside a rollout: tokens `start:end` were sampled."""
 

@@ -21,6 +21,7 @@ import numpy as np
 import prl_bounded_staleness
 import prl_group_relative
 from prl.checkpoint_dir import write_json
+from prl.columns import ColumnFolder
 from prl.compose import config
 from prl.compose.config import Run
 from prl.dispatch.controller import Controller
@@ -33,6 +34,8 @@ from prl.messages import (
     Failed,
     GroupDone,
     Hello,
+    InFlightKept,
+    KeepInFlight,
     Publish,
     Retire,
     RunGroup,
@@ -44,7 +47,19 @@ from prl.messages import (
 )
 from prl.providers import Engine, Environment, Model, Provider, Tracker
 from prl.run_dir import RunDir, read_json
-from prl.types import Failure, Group, Manifest, Message, Rollout, Sample, Sampling, StopReason, TensorRecord, Turn
+from prl.types import (
+    Carried,
+    Failure,
+    Group,
+    Manifest,
+    Message,
+    Rollout,
+    Sample,
+    Sampling,
+    StopReason,
+    TensorRecord,
+    Turn,
+)
 from prl.wire import Connection
 from prl_bounded_staleness import BoundedStalenessConfig
 from prl_group_relative import GrpoConfig
@@ -96,6 +111,27 @@ def answer(request: RunGroup, *, version: int | None = None, failed: int = 0, wh
     )
 
 
+def answer_with_columns(folder: ColumnFolder) -> Callable[[RunGroup], Group]:
+    """As `answer`, where every rollout has a large column `x` [L, 2] of its reward."""
+
+    def with_column(rollout: Rollout, request: RunGroup) -> Rollout:
+        column = np.full((len(rollout.tokens), 2), int(rollout.reward), dtype=np.uint8)
+        written = folder.write({"x": column}, group_id=request.group_id, attempt=request.attempt)
+        return attrs.evolve(rollout, large={"x": (written["x"],)})
+
+    def reply(request: RunGroup) -> Group:
+        group = answer(request)
+        return attrs.evolve(group, rollouts=tuple(with_column(rollout, request) for rollout in group.rollouts))
+
+    return reply
+
+
+def columns_of(step: TrainStep, folder: ColumnFolder) -> list[np.ndarray[Any, Any]]:
+    """The columns `x` of a step's samples, read as a rank does."""
+    micro_batches = [micro for rank in step.batch.ranks for micro in rank]
+    return [folder.read(piece) for micro in micro_batches for (piece,) in micro.large["x"]]
+
+
 def _sibling(request: RunGroup, member: int, version: int) -> Rollout:
     name, reward = f"{request.group_id}.{member}", float(member % 2)
     return rollout(name, version=version, reward=reward, temperature=request.sampling.temperature)
@@ -129,6 +165,8 @@ class FakeEnvironment:
     reply: Callable[[RunGroup], Group | Failed | None] = answer
     asked: list[RunGroup] = attrs.field(factory=list)
     cancelled: list[int] = attrs.field(factory=list)
+    keep: Callable[[KeepInFlight], tuple[Carried, ...]] = lambda order: ()
+    """Writes what is finished of the groups it has not answered."""
     environments: tuple[str, ...] = ("toy",)
     pid: int = 1
 
@@ -142,8 +180,16 @@ class FakeEnvironment:
                 case Demonstrate():
                     samples = tuple(demonstration(task.index) for task in message.tasks)
                     connection.send(Demonstrations(request=message.request, samples=samples))
+                case KeepInFlight():
+                    self._keep(connection, message)
                 case Cancel():
                     self.cancelled.append(message.request)
+
+    def _keep(self, connection: Connection, order: KeepInFlight) -> None:
+        try:
+            connection.send(InFlightKept(request=order.request, groups=self.keep(order)))
+        except RuntimeError as error:
+            connection.send(Failed(error=str(error), request=order.request))
 
     def _run(self, connection: Connection, request: RunGroup) -> None:
         self.asked.append(request)

@@ -246,6 +246,9 @@ def test_a_cheap_environment_runs_inside_the_controller(tmp_path, monkeypatch):
                 raise InfrastructureError("out of luck")
             return answer(request)
 
+        async def keep_in_flight(self, path, version):
+            return ()
+
         async def aclose(self):
             closed.append(True)
 

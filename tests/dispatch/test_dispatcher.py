@@ -20,7 +20,7 @@ from prl.dispatch.progress import Progress
 from prl.errors import RunError
 from prl.ledger.writer import Ledger
 from prl.providers import Drop, InFlight, Pipeline
-from prl.types import Group, Sampling
+from prl.types import Carried, Group, Sampling
 
 from tests.dispatch.fakes import FakeEngine, rollout
 
@@ -33,7 +33,9 @@ class FakePlacement:
     issued: list[Issue] = attrs.field(factory=list)
     cuts: list[tuple[int, str]] = attrs.field(factory=list)
 
-    async def run(self, issue: Issue, *, size: int, sampling: Sampling, version: int) -> Group:
+    async def run(
+        self, issue: Issue, *, size: int, sampling: Sampling, version: int, carried: Carried | None = None
+    ) -> Group:
         self.issued.append(issue)
         end = self.running[issue.group_id] = asyncio.get_running_loop().create_future()
         await end

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from prl import checkpoint_dir
+from prl.columns import ColumnFolder
 from prl.dispatch import checkpoint
 from prl.errors import CheckpointError, RunError
-from prl.messages import Save, TrainStep
+from prl.messages import KeepInFlight, RunGroup, Save, TrainStep
+from prl.types import Carried, Group
 from prl_group_relative import grpo
 
-from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, toy_run
+from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, answer, answer_with_columns, columns_of, toy_run
 from tests.score.baseline import RunningBaseline
 
 
@@ -140,9 +142,34 @@ def test_finished_groups_that_are_no_longer_fresh_enough_are_generated_again(tmp
     assert set(finished) <= {request.group_id for request in second.environments[0].asked}
 
 
-def stopped_with_pending_groups(path: Path) -> tuple[FakeRun, Path]:
+def test_finished_groups_with_large_columns_are_trained_with_them(tmp_path):
+    columns = ColumnFolder(tmp_path / "second" / "columns")
+    _, folder = stopped_with_pending_groups(tmp_path / "first", large=True)
+    finished = checkpoint.read(folder).groups
+    assert len(finished) >= 2
+    assert not (tmp_path / "first" / "columns").exists()
+    seen = []
+    second = resumed(tmp_path / "second", folder)
+    second.environments = [FakeEnvironment(reply=answer_with_columns(columns))]
+    second.trainers[0].before_step = lambda step: seen.extend(int(c.max()) for c in columns_of(step, columns))
+    second.go()
+    assert not {group.group_id for group in finished} & {request.group_id for request in second.environments[0].asked}
+    assert sorted(seen) == [0] * 24 + [1] * 24  # six steps of two groups of four
+    assert columns.files() == []
+
+
+def test_a_flipped_byte_in_a_large_column_is_refused(tmp_path):
+    _, folder = stopped_with_pending_groups(tmp_path / "first", large=True)
+    column = min((folder / "columns").iterdir())
+    flip(column)
+    assert f"columns/{column.name} is damaged: its checksum is" in refusal(tmp_path, folder)
+
+
+def stopped_with_pending_groups(path: Path, *, large: bool = False) -> tuple[FakeRun, Path]:
     """A run stopped in step 4, once the groups of another batch are finished."""
     run = FakeRun(path, toy_run(steps=10, max_staleness=3))
+    if large:
+        run.environments = [FakeEnvironment(reply=answer_with_columns(ColumnFolder(run.run_dir.columns)))]
 
     def stop_in_step_four(order: TrainStep) -> None:
         if order.batch.step == 4:
@@ -158,6 +185,79 @@ def stopped_with_pending_groups(path: Path) -> tuple[FakeRun, Path]:
 def resumed(path: Path, folder: Path, *, max_staleness: int = 3) -> FakeRun:
     run = toy_run(steps=10, max_staleness=max_staleness, checkpoints={"resume": str(folder)})
     return FakeRun(path, run, trainers=[FakeTrainer(version=checkpoint_dir.step_of(folder))])
+
+
+# --- groups in flight -------------------------------------------------------------------------------------------------
+def stopped_with_groups_in_flight(path: Path) -> tuple[FakeRun, Path]:
+    """A run stopped in step 2 while groups 4 to 7 have no answer; what their worker keeps is of version 1."""
+    run = FakeRun(path, toy_run(steps=6, max_staleness=2))
+    unanswered: list[RunGroup] = []
+
+    def reply(request: RunGroup) -> Group | None:
+        if request.group_id < 4:
+            return answer(request)
+        unanswered.append(request)
+        return None
+
+    def keep(order: KeepInFlight) -> tuple[Carried, ...]:
+        file = Path(order.path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"tokens of groups")
+        entries = [(r.group_id, r.attempt) for r in unanswered] + [
+            (5, 1),
+            (99, 0),
+        ]  # two that this cut knows nothing of
+        return tuple(
+            Carried(group_id=g, attempt=a, oldest_version=1, file=str(file), offset=2 * (g % 8), nbytes=2)
+            for g, a in entries
+        )
+
+    def stop_in_step_two(order: TrainStep) -> None:
+        if order.batch.step == 2:
+            run.run_dir.stop.touch()
+            run.until(lambda state: state["status"] == "stopping" and len(unanswered) == 4)
+
+    run.environments = [FakeEnvironment(reply=reply, keep=keep)]
+    run.trainers = [FakeTrainer(before_step=stop_in_step_two)]
+    run.go()
+    return run, run.run_dir.checkpoints / "step-2"
+
+
+def test_what_is_finished_of_groups_in_flight_goes_to_whoever_rolls_them_out_again(tmp_path):
+    first, folder = stopped_with_groups_in_flight(tmp_path / "first")
+    kept = checkpoint.read(folder).in_flight
+    assert [(entry.group_id, entry.attempt, entry.offset) for entry in kept] == [(g, 0, 2 * g) for g in range(4, 8)]
+    run = toy_run(steps=6, max_staleness=2, checkpoints={"resume": str(folder)})
+    second = FakeRun(tmp_path / "second", run, trainers=[FakeTrainer(version=2)])
+    second.go()
+    assert sorted(first.trained_groups() + second.trained_groups()) == list(range(12))
+    asked = {request.group_id: request.carried for request in second.environments[0].asked}
+    assert asked == {entry.group_id: entry for entry in kept} | dict.fromkeys(range(8, 12))
+    assert {Path(entry.file) for entry in kept} == {folder / "in-flight" / "environment-0"}
+
+
+def test_what_is_too_old_by_now_is_sampled_again(tmp_path):
+    _, folder = stopped_with_groups_in_flight(tmp_path / "first")
+    run = toy_run(steps=6, max_staleness=0, checkpoints={"resume": str(folder)})
+    second = FakeRun(tmp_path / "second", run, trainers=[FakeTrainer(version=2)])
+    second.go()
+    assert {request.carried for request in second.environments[0].asked} == {None}
+
+
+def test_a_worker_that_cannot_keep_what_it_has_costs_nothing_else(tmp_path):
+    def full(order: KeepInFlight) -> tuple[Carried, ...]:
+        raise RuntimeError("no space left on device")
+
+    run = FakeRun(tmp_path, toy_run(checkpoints={"every": 1}), environments=[FakeEnvironment(keep=full)])
+    run.go()
+    folder = run.run_dir.checkpoints / "step-3"
+    assert (run.state["step"], checkpoint.read(folder).in_flight) == (3, [])
+
+
+def test_a_flipped_byte_in_what_is_kept_of_groups_in_flight_is_refused(tmp_path):
+    _, folder = stopped_with_groups_in_flight(tmp_path / "first")
+    flip(folder / "in-flight" / "environment-0")
+    assert "in-flight/environment-0 is damaged: its checksum is" in refusal(tmp_path, folder)
 
 
 # --- while training goes on -------------------------------------------------------------------------------------------

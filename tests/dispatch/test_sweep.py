@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-import attrs
 import numpy as np
 from prl.columns import ColumnFolder
 from prl.dispatch.feed import Feed, Source
 from prl.dispatch.progress import Progress
 from prl.dispatch.sweep import ColumnSweep
-from prl.messages import RunGroup, TrainStep
-from prl.types import Group, Rollout
+from prl.messages import TrainStep
 
-from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, answer, toy_run
+from tests.dispatch.fakes import FakeEnvironment, FakeRun, FakeTrainer, answer_with_columns, columns_of, toy_run
 
 
 def feed() -> Feed:
@@ -50,27 +48,15 @@ def test_files_go_with_the_step_after_which_nobody_reads_them(tmp_path):
 
 
 def test_the_trainer_reads_what_the_environment_wrote_and_nothing_is_left(tmp_path):
-    folder = ColumnFolder(tmp_path / "columns")
-
-    def column(rollout: Rollout) -> np.ndarray:
-        return np.full((len(rollout.tokens), 2), int(rollout.reward), dtype=np.uint8)
-
-    def reply(request: RunGroup) -> Group:
-        group = answer(request)
-        names = {"group_id": request.group_id, "attempt": request.attempt}
-        large = [{"x": (folder.write({"x": column(r)}, **names)["x"],)} for r in group.rollouts]
-        rollouts = [attrs.evolve(r, large=columns) for r, columns in zip(group.rollouts, large, strict=True)]
-        return attrs.evolve(group, rollouts=tuple(rollouts))
+    folder, seen = ColumnFolder(tmp_path / "columns"), []
 
     def read(step: TrainStep) -> None:
-        for micro in step.batch.ranks[0]:
-            lengths = np.diff(micro.cu_seqlens)
-            for (reference,), length in zip(micro.large["x"], lengths, strict=True):
-                seen.append(folder.read(reference))
-                assert seen[-1].shape == (length, 2)
+        lengths = [length for micro in step.batch.ranks[0] for length in np.diff(micro.cu_seqlens)]
+        columns = columns_of(step, folder)
+        assert [column.shape for column in columns] == [(length, 2) for length in lengths]
+        seen.extend(columns)
 
-    seen: list[np.ndarray] = []
-    environment, trainer = FakeEnvironment(reply=reply), FakeTrainer(before_step=read)
+    environment, trainer = FakeEnvironment(reply=answer_with_columns(folder)), FakeTrainer(before_step=read)
     FakeRun(tmp_path, toy_run(steps=3), environments=[environment], trainers=[trainer]).go()
     assert len(seen) == 3 * 2 * 4
     assert sum(int(column.max()) for column in seen) == 3 * 2 * 2

@@ -203,6 +203,29 @@ def test_abort_returns_the_tokens_so_far_and_frees_the_rows() -> None:
 
 
 @torch.inference_mode()
+def test_what_a_request_has_so_far_is_gone_on_with_to_the_same_end() -> None:
+    """In another engine: a token depends on the seed and its place. One member has ended, one waits for a row."""
+    prompt, whole = [2, 3], request("a", [2, 3], n=3, max_tokens=12, stop=(1, 2, 3, 4), seed=3)
+    (expected,) = finish(scheduler(), whole).values()
+    assert [len(completion.tokens) for completion in expected.completions] == [12, 3, 12]
+    engine = scheduler(sequences=2)
+    engine.add(whole)
+    engine.step()
+    engine.step()
+    so_far = engine.so_far("a").completions
+    assert (engine.so_far("never seen").completions, engine.take()[0]) == ((), [])
+    for member, (begun, end) in enumerate(zip(so_far, expected.completions, strict=True)):
+        count = len(begun.tokens)
+        rest = request("r", [*prompt, *begun.tokens], max_tokens=12 - count, stop=whole.stop, seed=3 + member)
+        more = finish(scheduler(), rest)["r"].completions[0].tokens if begun.stop is StopReason.ABORT else []
+        assert [*begun.tokens, *more] == end.tokens.tolist()
+        np.testing.assert_allclose(begun.logprobs, end.logprobs[:count], atol=1e-5)
+    assert {completion.stop for completion in so_far} == {StopReason.STOP, StopReason.ABORT}
+    seen = finish(engine)["a"].completions
+    assert [c.tokens.tolist() for c in seen] == [c.tokens.tolist() for c in expected.completions]
+
+
+@torch.inference_mode()
 def test_abort_of_a_request_that_waits_or_whose_prompt_is_being_computed() -> None:
     engine = scheduler(sequences=1, prefill_tokens=2)
     engine.add(request("computed", [2, 3, 4, 5, 6]))

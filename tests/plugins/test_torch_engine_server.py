@@ -121,6 +121,23 @@ def test_abort_returns_what_there_is(tmp_path: Path) -> None:
     served(tmp_path, test)
 
 
+def test_what_a_request_has_is_told_before_it_is_answered(tmp_path: Path) -> None:
+    async def test(engine: Served) -> None:
+        ask_for = Sampling(max_tokens=250)
+        asking = asyncio.ensure_future(engine.client.generate(PROMPT, ask_for, stop=[], n=2, request_id="long"))
+        await engine.until("running", 2)
+        await engine.client.pause()
+        so_far = await engine.client.so_far("long")
+        assert await engine.client.so_far("another") == []
+        await engine.client.resume()
+        for begun, whole in zip(so_far, await asking, strict=True):
+            assert begun.stop is StopReason.ABORT
+            assert begun.tokens.tolist() == whole.tokens[: len(begun.tokens)].tolist()
+            assert 0 < len(begun.tokens) < len(whole.tokens) == 250
+
+    served(tmp_path, test)
+
+
 def test_a_client_that_goes_away_frees_its_rows(tmp_path: Path) -> None:
     async def test(engine: Served) -> None:
         asking = asyncio.ensure_future(engine.client.generate(PROMPT, Sampling(max_tokens=250), stop=[], n=20))

@@ -56,7 +56,7 @@ from prl.dispatch.buffer import BoundedQueue
 from prl.dispatch.casualties import Casualties
 from prl.dispatch.events import LifecycleHooks, Trackers
 from prl.dispatch.hub import DisconnectedError, Hub
-from prl.dispatch.parts import Assembly, Parts, local_runner, roll_call
+from prl.dispatch.parts import Assembly, Parts, local_runner, restored, roll_call
 from prl.dispatch.progress import Progress
 from prl.dispatch.record import Record, StateFile
 from prl.dispatch.reporting import Reporter
@@ -185,6 +185,7 @@ class Controller:
             hub=hub,
             workers=await roll_call(hub, self._composition),
             runner=runner,
+            restored=await restored(self._composition, self._run_dir),
             reporter=self._reporter,
             ledger=self._ledger,
             on_served=self._served,
@@ -230,6 +231,9 @@ class Controller:
             await training.train(self._batches)
             await self._unless_stopped(self._progress.until_served(self._progress.trained))
             await self._unless_stopped(training.evaluator.idle())
+            if self._stopping.is_set() and self._progress.trained > training.checkpoints.newest:
+                await training.checkpoints.begin()  # what is in flight ends with the helpers
+                await training.checkpoints.kept()
             for helper in helpers:
                 helper.cancel()
 

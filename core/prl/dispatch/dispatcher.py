@@ -27,7 +27,7 @@ from prl.errors import RunError
 from prl.ledger import facts
 from prl.ledger.facts import FactSink
 from prl.providers import Drop, EngineLoad, InFlight, LoadAwareScheduler, Pipeline, RolloutScheduler
-from prl.types import Group, Sampling
+from prl.types import Carried, Group, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class Dispatcher:
     _cuts: dict[int, Drop] = attrs.field(factory=dict, init=False)
     _taken: dict[int, Group] = attrs.field(factory=dict, init=False)
     """Groups of the batches that were formed, until they are trained."""
+    _carried: dict[tuple[int, int], Carried] = attrs.field(factory=dict, init=False)
+    """What the checkpoint has of groups that were in flight, by id and attempt, until they are in flight again."""
     _arrived: int = attrs.field(default=0, init=False)
     _outcomes: deque[bool] = attrs.field(init=False)
     """Of the last groups: whether each was lost to a failure."""
@@ -107,13 +109,31 @@ class Dispatcher:
         """One attempt at a group, until it is in the buffer or given back."""
         try:
             group = await self.placement.run(
-                issue, size=self.rollouts.group_size, sampling=self._sampling(issue), version=self.progress.served
+                issue,
+                size=self.rollouts.group_size,
+                sampling=self._sampling(issue),
+                version=self.progress.served,
+                carried=self._take_carried(issue),
             )
         except GroupLostError as error:
             self.lost(issue, error)
         else:
             await self.buffer.room()
             self.arrived(group)
+
+    def _take_carried(self, issue: Issue) -> Carried | None:
+        """What was sampled of this attempt before the run was resumed, unless it is too old to be trained."""
+        carried = self._carried.pop((issue.group_id, issue.attempt), None)
+        if carried is None:
+            return None
+        begun = Group(
+            group_id=issue.group_id,
+            task=issue.task,
+            attempt=issue.attempt,
+            started_version=carried.oldest_version,
+            rollouts=(),
+        )
+        return carried if self.scheduler.admit(begun, self.progress.formed) is None else None
 
     def _sampling(self, issue: Issue) -> Sampling:
         return Sampling(
@@ -228,16 +248,16 @@ class Dispatcher:
             self.placement.cut(drop.group_id, drop.reason)
 
     def pending(self) -> list[Group]:
-        """Finished groups that no step was trained on yet: the ready ones, and those of batches formed ahead.
-
-        Groups with columns in files of the run directory are left out: those files do not outlive the run.
-        """
+        """Finished groups that no step was trained on yet: the ready ones, and those of batches formed ahead."""
         taken = [group for group_id, group in self._taken.items() if self.feed.holds(group_id)]
-        whole = [group for group in (*taken, *self.buffer.groups) if not any(r.large for r in group.rollouts)]
-        return sorted(whole, key=lambda group: group.group_id)
+        return sorted((*taken, *self.buffer.groups), key=lambda group: group.group_id)
 
-    def restore(self, groups: Iterable[Group]) -> None:
-        """Take up what was `pending` at a checkpoint; what is not fresh enough stays with the feed, to be redone."""
+    def restore(self, groups: Iterable[Group], carried: Iterable[Carried] = ()) -> None:
+        """Take up what was `pending` at a checkpoint; what is not fresh enough stays with the feed, to be redone.
+
+        `carried` is what it has of groups that were in flight.
+        """
+        self._carried = {(entry.group_id, entry.attempt): entry for entry in carried}
         for group in groups:
             if self.scheduler.admit(group, self.progress.formed) is None:
                 self.ledger.record(facts.Issued(feed="rl", issue=self.feed.reclaim(group.group_id), restored=True))

@@ -6,8 +6,10 @@ Both kinds answer the same two calls; who calls (`placement`, `warmup`) cannot t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Protocol
 
 import attrs
@@ -16,8 +18,13 @@ from prl.compose.routing import Routing
 from prl.dispatch.change import Change
 from prl.dispatch.hub import DisconnectedError, Hub
 from prl.dispatch.verify import verify_group, verify_samples
-from prl.messages import Demonstrate, Demonstrations, GroupDone, RunGroup
-from prl.types import Group, Sample, TaskRef
+from prl.errors import InfrastructureError
+from prl.messages import Demonstrate, Demonstrations, GroupDone, InFlightKept, KeepInFlight, RunGroup
+from prl.types import Carried, Group, Sample, TaskRef
+
+log = logging.getLogger(__name__)
+
+_KEEP_SECONDS = 60.0
 
 
 class Runner(Protocol):
@@ -26,6 +33,8 @@ class Runner(Protocol):
     async def run(self, request: RunGroup) -> Group: ...
 
     async def demonstrate(self, tasks: Sequence[TaskRef]) -> tuple[Sample, ...]: ...
+
+    async def keep_in_flight(self, path: Path, version: int) -> tuple[Carried, ...]: ...
 
 
 @attrs.frozen(eq=False)
@@ -51,6 +60,11 @@ class RemoteRunner:
         answer: Demonstrations = await self.hub.request(self.peer, Demonstrate(request=0, tasks=tuple(tasks)))
         verify_samples(answer.samples)
         return answer.samples
+
+    async def keep_in_flight(self, path: Path, version: int) -> tuple[Carried, ...]:
+        order = KeepInFlight(request=0, path=str(path), version=version)
+        answer: InFlightKept = await self.hub.request(self.peer, order)
+        return answer.groups
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -87,6 +101,24 @@ class EnvironmentPool:
         async with asyncio.TaskGroup() as calls:
             parts = [calls.create_task(self._demonstrate(part)) for part in self._divide(tasks)]
         return [sample for part in parts for sample in part.result()]
+
+    async def keep_in_flight(self, folder: Path, version: int) -> list[Carried]:
+        """Have every place write what is finished of its groups into a file of `folder`.
+
+        A place that cannot, or not in time, keeps nothing: its groups are sampled again if it comes to that.
+        """
+        places = list(self._places.values())
+        kept = await asyncio.gather(*(self._keep(place, folder / place.name, version) for place in places))
+        return [entry for part in kept for entry in part]
+
+    async def _keep(self, place: Place, path: Path, version: int) -> list[Carried]:
+        try:
+            async with asyncio.timeout(_KEEP_SECONDS):
+                entries = await place.runner.keep_in_flight(path, version)
+        except (InfrastructureError, OSError) as error:  # a TimeoutError is an OSError
+            log.warning("the checkpoint keeps nothing of what %s has in flight: %s", place.name, error or "no answer")
+            return []
+        return [attrs.evolve(entry, file=str(path)) for entry in entries]
 
     def join(self, place: Place) -> None:
         """A place is there, in place of an earlier one of its name."""

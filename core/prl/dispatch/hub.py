@@ -1,6 +1,6 @@
 """The controller's end of the wire: one ZeroMQ ROUTER socket, and who waits for which message.
 
-    GroupDone, Demonstrations   answer the request with their number
+    GroupDone, Demonstrations, InFlightKept   answer the request with their number
     Failed                      fails the request with its number; otherwise a trainer's, or a fatal one, ends the run
     StepDone, Saved             go to the inboxes of the trainer rank that sent them, one for each kind
     Hello                       is kept until asked for; a second one is a successor's, and `on_return` is told
@@ -39,6 +39,8 @@ from prl.messages import (
     Failed,
     GroupDone,
     Hello,
+    InFlightKept,
+    KeepInFlight,
     Role,
     RunGroup,
     Saved,
@@ -50,7 +52,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ANSWERS: dict[type, type] = {RunGroup: GroupDone, Demonstrate: Demonstrations}
+_ANSWERS: dict[type, type] = {RunGroup: GroupDone, Demonstrate: Demonstrations, KeepInFlight: InFlightKept}
 _INBOX = 4  # a rank answers one message at a time
 
 
@@ -147,7 +149,7 @@ class Hub:
             raise DisconnectedError(f"worker {peer.decode(errors='replace')} is not connected ({error})") from error
         self.statistics.sent_bytes += wire.size(frames)
 
-    async def request(self, peer: bytes, message: RunGroup | Demonstrate) -> Any:
+    async def request(self, peer: bytes, message: RunGroup | Demonstrate | KeepInFlight) -> Any:
         """Send a message under a new `request` number and wait for its answer; cancelling tells the worker to stop."""
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -228,7 +230,7 @@ class Hub:
         match message:
             case Hello():
                 self._welcome(peer, message)
-            case GroupDone() | Demonstrations():
+            case GroupDone() | Demonstrations() | InFlightKept():
                 self._answer(peer, message)
             case Failed():
                 self._fail(peer, message)
@@ -253,7 +255,7 @@ class Hub:
         self._known.add(who)
         self._arrivals.notify()
 
-    def _answer(self, peer: bytes, message: GroupDone | Demonstrations) -> None:
+    def _answer(self, peer: bytes, message: GroupDone | Demonstrations | InFlightKept) -> None:
         request = self._asked_of(peer, message.request)
         if request is None:
             self.statistics.unclaimed += 1

@@ -78,6 +78,19 @@ async def roll_call(hub: Hub, composition: Composition) -> dict[Role, list[tuple
         ) from None
 
 
+async def restored(composition: Composition, run_dir: RunDir) -> Restored | None:
+    """What the run continues from, verified; None for a fresh start. CheckpointError says what is wrong with it.
+
+    Its columns may be gigabytes, which are read beside the event loop.
+    """
+    if not composition.run.checkpoints.resume:
+        return None
+    path = Path(composition.run.checkpoints.resume)
+    found = await asyncio.to_thread(checkpoint.read, path)
+    await asyncio.to_thread(checkpoint.restore_columns, path, ColumnFolder(run_dir.columns))
+    return found
+
+
 def local_runner(composition: Composition, run_dir: RunDir) -> GroupRunner | None:
     """The cheap environments, built in this process; None when there is none."""
     names = environment_names(composition, cheap=True)
@@ -115,6 +128,8 @@ class Assembly:
     runner: GroupRunner | None
     reporter: Reporter
     ledger: Ledger
+    restored: Restored | None
+    """The controller's part of the checkpoint that the run continues from."""
     on_served: Callable[[int, float], None]
 
     def build(self) -> Parts:
@@ -125,11 +140,10 @@ class Assembly:
         placement = Placement(engines, environments, timeout=run.rollouts.timeout)
         trainer = Trainer(self.hub, [peer for peer, _ in self.workers["trainer"]])
         scheduler = self.composition.build(run.scheduler, run.rollouts.groups_per_step, time.monotonic)
-        restored = checkpoint.read(Path(run.checkpoints.resume)) if run.checkpoints.resume else None
-        state = self._state(progress, scheduler, restored)
+        state = self._state(progress, scheduler, self.restored)
         dispatcher = self._dispatcher(state, placement, engines)
-        if restored is not None:
-            dispatcher.restore(restored.groups)
+        if self.restored is not None:
+            dispatcher.restore(self.restored.groups, self.restored.in_flight)
         return Parts(
             progress=progress,
             engines=engines,
@@ -151,7 +165,7 @@ class Assembly:
                 ledger=self.ledger,
             ),
             evaluator=self._evaluator(placement),
-            checkpoints=self._checkpoints(trainer, state, dispatcher),
+            checkpoints=self._checkpoints(trainer, state, dispatcher, environments),
             sweep=ColumnSweep(folder=ColumnFolder(self.run_dir.columns), feed=state.feed, progress=progress),
             survivors=Survivors(
                 engines=engines,
@@ -285,7 +299,9 @@ class Assembly:
             report=report,
         )
 
-    def _checkpoints(self, trainer: Trainer, state: ControllerState, dispatcher: Dispatcher) -> Checkpoints:
+    def _checkpoints(
+        self, trainer: Trainer, state: ControllerState, dispatcher: Dispatcher, environments: EnvironmentPool
+    ) -> Checkpoints:
         hooks = self.reporter.hooks
         return Checkpoints(
             folder=self.run_dir.checkpoints,
@@ -294,6 +310,8 @@ class Assembly:
             trainer=trainer,
             state=state,
             pending=dispatcher.pending,
+            columns=ColumnFolder(self.run_dir.columns),
+            keep_in_flight=environments.keep_in_flight,
             ledger=self.ledger,
             on_saved=lambda step, path: hooks.call("prl_checkpoint_saved", step=step, path=path),
             newest=state.progress.trained,

@@ -9,13 +9,15 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import attrs
+
 from prl.dispatch.engines import Attempt, Engine, EnginePool
 from prl.dispatch.environments import EnvironmentPool
 from prl.dispatch.feed import Issue
 from prl.dispatch.hub import DisconnectedError
 from prl.errors import InfrastructureError
 from prl.messages import RunGroup
-from prl.types import Group, Sampling
+from prl.types import Carried, Group, Sampling
 
 
 class GroupLostError(InfrastructureError):
@@ -39,8 +41,10 @@ class Placement:
         self._timeout = timeout
         self._attempts: dict[int, Attempt] = {}
 
-    async def run(self, issue: Issue, *, size: int, sampling: Sampling, version: int) -> Group:
-        """Roll out `size` siblings of a task; `version` is the newest one served.
+    async def run(
+        self, issue: Issue, *, size: int, sampling: Sampling, version: int, carried: Carried | None = None
+    ) -> Group:
+        """Roll out `size` siblings of a task; `version` is the newest one served, `carried` what there is already.
 
         A group from which some rollouts are missing is kept when at least two remain (one, where only one was asked
         for): their advantages are still relative to each other. Otherwise, and when the attempt takes longer than
@@ -52,7 +56,9 @@ class Placement:
             async with attempt.deadline:
                 engine = await self._engines.choose()
                 with _loaded(engine, attempt):
-                    group = await self._environments.run(_request(issue, attempt, engine, sampling, version))
+                    group = await self._environments.run(
+                        attrs.evolve(_request(issue, attempt, engine, sampling, version), carried=carried)
+                    )
         except TimeoutError as error:
             reason = attempt.cut_reason or "timeout"
             sentence = f"group {issue.group_id} was cut ({reason})"

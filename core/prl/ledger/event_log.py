@@ -20,6 +20,7 @@ from typing import BinaryIO, Literal
 import attrs
 
 from prl import wire
+from prl.columns import ColumnFolder, named_by
 from prl.compose import toml
 from prl.compose.compose import attempt_table
 from prl.errors import RunError
@@ -88,13 +89,8 @@ class EventLog:
             self._file.close()
 
     def _keep_columns(self, group: Group) -> None:
-        names = {piece.file for rollout in group.rollouts for pieces in rollout.large.values() for piece in pieces}
-        folder = columns_of(self.run_dir, self._launch)
-        if names:
-            folder.mkdir(exist_ok=True)
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-            os.link(self.run_dir.columns / name, folder / name)
+        if names := named_by([group]):
+            ColumnFolder(self.run_dir.columns).lend(names, columns_of(self.run_dir, self._launch))
 
 
 def record(at: float, event: Event) -> bytes:

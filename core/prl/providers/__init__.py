@@ -59,6 +59,7 @@ from prl.providers.running import (
 from prl.providers.serving import (
     Engine,
     EngineClient,
+    ResumableClient,
     WeightReceiver,
     WeightSender,
     WeightTransport,
@@ -113,6 +114,7 @@ __all__ = [
     "Ref",
     "RemoteRun",
     "Renderer",
+    "ResumableClient",
     "RolloutScheduler",
     "RunInfo",
     "Scheduler",

@@ -27,6 +27,9 @@ class Engine(Provider):
     """engine-part process, for engines that span nodes (`EngineConfig.spans`): `async (EngineContext) -> None`"""
     reports_routes: bool = False
     """It can say which experts tokens were sent to (`routes_from`)."""
+    resumable: bool = False
+    """Its client is a `ResumableClient`, and a turn that was cut short is gone on with as if it had not been: what a
+    token is drawn with depends on the request's seed and the token's place in the sequence alone."""
 
 
 class EngineClient(Protocol):
@@ -62,6 +65,29 @@ class EngineClient(Protocol):
         """Names of `prl.serve.metrics`: at least `version`, `generated_tokens`, `busy_seconds` and `EngineLoad`'s."""
 
     async def aclose(self) -> None: ...
+
+
+class ResumableClient(EngineClient, Protocol):
+    """A client that can say what an engine has of a request before it is answered."""
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routes_from: int | None = None,
+        request_id: str = "",
+    ) -> list[Completion]:
+        """As that of any engine, under a name of the caller's."""
+
+    async def so_far(self, request_id: str) -> list[Completion]:
+        """The tokens of each member by now, ABORT their stop reason where they are not all; the request goes on.
+
+        Nothing when there is no such request.
+        """
 
 
 @attrs.frozen(kw_only=True)

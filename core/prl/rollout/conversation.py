@@ -20,12 +20,28 @@ import numpy as np
 
 from prl.errors import UserError
 from prl.providers import Renderer, Score
+from prl.rollout.carried import CarriedRollout, continued, sampled_until
 from prl.rollout.policy import Siblings
 from prl.routes import RouteRecord
 from prl.types import Completion, Message, Rollout, Sampling, StopReason, Turn, as_tokens
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: turns of one rollout and seeds of siblings stay far apart
 _SEEDS = 1 << 63
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Asked:
+    """A turn that is being sampled."""
+
+    prompt: Sequence[int]
+    seed: int
+    begun: Completion | None
+    """Its first tokens, where they were sampled before the run was resumed."""
+
+    def so_far(self, rest: Completion | None) -> Completion | None:
+        if rest is None or self.begun is None:
+            return rest or self.begun
+        return continued(self.begun, rest)
 
 
 class ConversationOver(BaseException):
@@ -72,6 +88,7 @@ class Conversation:
         opening: Opening,
         sampling: Sampling,
         sequence_length: int,
+        carried: CarriedRollout | None = None,
     ) -> None:
         self.rollout_id = rollout_id
         self.messages: list[Message] = []
@@ -93,6 +110,9 @@ class Conversation:
         """Which experts its tokens were sent to, where the run replays that."""
         self._asking = False
         self._no_room = False
+        self._carried = carried
+        """What was said before the run was resumed, as long as it is said again."""
+        self._asked: _Asked | None = None
 
     @cached_property
     def rng(self) -> Random:
@@ -138,7 +158,7 @@ class Conversation:
                 f"the opening messages take {len(prompt)} tokens, which leaves no room for a reply within "
                 f"rollouts.sequence_length = {self._sequence_length}; raise it or shorten the task"
             )
-        completion = await self._siblings.first(prompt, self._turn_sampling(room), stop=self._renderer.stop_tokens)
+        completion = await self._sample(prompt, self._turn_sampling(room))
         self._tokens = list(prompt)
         return completion
 
@@ -150,16 +170,51 @@ class Conversation:
             self._end()
         self._tokens += extension
         try:
-            return await self._siblings.later(
-                self._tokens,
-                self._turn_sampling(room),
-                stop=self._renderer.stop_tokens,
-                session=self.rollout_id,
-                routed=self.routes.known,
-            )
+            return await self._sample(self._tokens, self._turn_sampling(room))
         except BaseException:  # the turn did not happen: an environment that survives this may ask again
             del self._tokens[length:]
             raise
+
+    async def _sample(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """The turn after `prompt`, or what is left of it to be sampled."""
+        begun = self._recall(prompt, sampling)
+        if begun is not None and begun.stop is not StopReason.ABORT:
+            return begun
+        self._asked = _Asked(prompt=prompt, seed=sampling.seed, begun=begun)
+        stop = self._renderer.stop_tokens
+        try:
+            if begun is not None:
+                return continued(begun, await self._rest(prompt, sampling, begun))
+            if not self.turns:
+                return await self._siblings.first(prompt, sampling, stop=stop)
+            return await self._siblings.later(
+                prompt, sampling, stop=stop, session=self.rollout_id, routed=self.routes.known
+            )
+        finally:
+            self._asked = None
+
+    def _recall(self, prompt: Sequence[int], sampling: Sampling) -> Completion | None:
+        """What a checkpoint has of this turn; once a turn differs, later ones are not looked for."""
+        recalled = self._carried.turn(len(self.turns), prompt) if self._carried else None
+        if recalled is None or len(recalled.tokens) > sampling.max_tokens - (recalled.stop is StopReason.ABORT):
+            self._carried = None
+            return None
+        return recalled
+
+    async def _rest(self, prompt: Sequence[int], sampling: Sampling, begun: Completion) -> Completion:
+        """An engine that resumes draws by seed and place, so these are the tokens it would have sampled then."""
+        count = len(begun.tokens)
+        routes = begun.routes
+        left = attrs.evolve(
+            sampling, max_tokens=sampling.max_tokens - count, min_tokens=max(0, sampling.min_tokens - count)
+        )
+        return await self._siblings.later(
+            [*prompt, *begun.tokens.tolist()],
+            left,
+            stop=self._renderer.stop_tokens,
+            session=self.rollout_id if self.turns else "",
+            routed=routes.start + len(routes.versions) if routes else self.routes.known,
+        )
 
     def _end(self) -> NoReturn:
         self._no_room = True
@@ -187,6 +242,36 @@ class Conversation:
         reply = self._renderer.parse(self._tokens[start:])
         self.messages += (*messages, reply)
         return reply
+
+    @property
+    def asked_seed(self) -> int:
+        """The seed of the turn that is being sampled; -1, which is no seed, when none is."""
+        return self._asked.seed if self._asked else -1
+
+    def kept(self, version: int, so_far: Completion | None) -> CarriedRollout | None:
+        """What versions up to `version` have sampled of it; `so_far` is what the engine has of the turn it is asked."""
+        turns = [
+            (self._tokens[: turn.start], completion)
+            for turn, completion in zip(self.turns, self._completions, strict=False)
+        ]
+        if self._asked is not None and (partial := self._asked.so_far(so_far)) is not None:
+            turns.append((list(self._asked.prompt), partial))
+        kept: list[tuple[list[int], Completion]] = []
+        for prompt, whole in turns:
+            completion = sampled_until(whole, version, prompt=len(prompt))
+            if completion is not None and (completion.stop is not StopReason.ABORT or self._siblings.resumable):
+                kept.append((prompt, completion))
+            if completion is not whole:
+                break
+        if not kept:
+            return None
+        prompt, last = kept[-1]
+        return CarriedRollout(
+            member=int(self.rollout_id.rpartition(".")[2]),
+            tokens=np.concatenate([as_tokens(prompt), last.tokens]),
+            starts=tuple(len(prompt) for prompt, _ in kept),
+            completions=tuple(completion for _, completion in kept),
+        )
 
     def record(self, score: Score) -> Rollout:
         """The finished conversation; every column is `[L]`, exactly as sampled."""

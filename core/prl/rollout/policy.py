@@ -8,16 +8,20 @@ group runner builds them, conversations call them.
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import attrs
 
 from prl.compose.routing import Routing
 from prl.errors import InfrastructureError
-from prl.providers import EngineClient
+from prl.providers import EngineClient, ResumableClient
 from prl.routes import checked
 from prl.types import Completion, Sampling, StopReason
+
+logger = logging.getLogger(__name__)
 
 Connect: TypeAlias = Callable[[str, str], EngineClient]
 """`(url, token) -> EngineClient`: the `connect` part of an engine provider."""
@@ -30,13 +34,17 @@ class EngineError(InfrastructureError):
 class Policy:
     """Clients of the engines, one per URL, connected when first asked and kept until `aclose`.
 
-    `routing` is that of a model whose routes the run replays.
+    `routing` is that of a model whose routes the run replays; `resumable` are engines whose clients are
+    `ResumableClient`s.
     """
 
-    def __init__(self, connect: Connect, token: str, *, routing: Routing | None = None) -> None:
+    def __init__(
+        self, connect: Connect, token: str, *, routing: Routing | None = None, resumable: bool = False
+    ) -> None:
         self._connect = connect
         self._token = token
         self.routing = routing
+        self.resumable = resumable
         self._clients: dict[str, EngineClient] = {}
 
     async def generate(
@@ -49,6 +57,7 @@ class Policy:
         n: int = 1,
         session: str = "",
         routes_from: int | None = None,
+        request_id: str = "",
     ) -> list[Completion]:
         """`n` continuations of prompt by the engine at URL `engine`, each at least one token long.
 
@@ -59,13 +68,31 @@ class Policy:
             client = self._clients.get(engine)
             if client is None:
                 client = self._clients[engine] = self._connect(engine, self._token)
+            named = {"request_id": request_id} if self.resumable else {}
             completions = await client.generate(
-                prompt, sampling, stop=stop, n=n, session=session, routes_from=routes_from
+                prompt, sampling, stop=stop, n=n, session=session, routes_from=routes_from, **named
             )
             _check(completions, n, engine)
             if routes_from is None or self.routing is None:
                 return completions
             return await asyncio.to_thread(_with_checked_routes, completions, self.routing, len(prompt))
+        except EngineError:
+            raise
+        except InfrastructureError as error:
+            raise EngineError(f"engine {engine}: {error}") from error
+
+    async def so_far(self, request_id: str, *, engine: str, prompt: int) -> list[Completion]:
+        """What each continuation of a request has; none of one that has ended. EngineError when it cannot tell."""
+        client = self._clients.get(engine)
+        if client is None:
+            return []
+        try:
+            completions = await cast(ResumableClient, client).so_far(request_id)
+            for completion in completions:
+                _check_columns(completion, engine)
+            if self.routing is None:
+                return completions
+            return await asyncio.to_thread(_with_checked_routes, completions, self.routing, prompt)
         except EngineError:
             raise
         except InfrastructureError as error:
@@ -85,9 +112,13 @@ def _check(completions: Sequence[Completion], n: int, engine: str) -> None:
             raise EngineError(f"engine {engine} aborted the request after {len(completion.tokens)} tokens")
         if not len(completion.tokens):
             raise EngineError(f"engine {engine} returned a completion without tokens")
-        columns = {len(completion.tokens), len(completion.logprobs), len(completion.versions)}
-        if len(columns) != 1:
-            raise EngineError(f"engine {engine} returned a completion whose columns differ in length: {columns}")
+        _check_columns(completion, engine)
+
+
+def _check_columns(completion: Completion, engine: str) -> None:
+    columns = {len(completion.tokens), len(completion.logprobs), len(completion.versions)}
+    if len(columns) != 1:
+        raise EngineError(f"engine {engine} returned a completion whose columns differ in length: {columns}")
 
 
 def _with_checked_routes(completions: Sequence[Completion], routing: Routing, prompt: int) -> list[Completion]:
@@ -127,6 +158,30 @@ class Siblings:
         self._engine = engine
         self._tasks = tasks
         self._waiting: list[_Request] = []
+        self._sent: dict[str, tuple[int, int]] = {}
+        """Requests that are not answered: id -> seed of the first member, tokens of the prompt."""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the engine goes on with a turn that was cut short."""
+        return self._policy.resumable
+
+    async def so_far(self) -> dict[int, Completion]:
+        """What the turns have that are being sampled, by their seeds."""
+        found: dict[int, Completion] = {}
+        if self.resumable:
+            sent = dict(self._sent)
+            answers = await asyncio.gather(*(self._so_far(request_id, sent[request_id][1]) for request_id in sent))
+            for (seed, _), completions in zip(sent.values(), answers, strict=True):
+                found |= {seed + member: c for member, c in enumerate(completions) if len(c.tokens)}
+        return found
+
+    async def _so_far(self, request_id: str, prompt: int) -> list[Completion]:
+        try:
+            return await self._policy.so_far(request_id, engine=self._engine, prompt=prompt)
+        except EngineError as error:
+            logger.info("nothing is kept of request %s: %s", request_id, error)
+            return []
 
     async def first(self, prompt: Sequence[int], sampling: Sampling, *, stop: Sequence[int]) -> Completion:
         """The first turn of a rollout, together with its siblings'.
@@ -147,15 +202,34 @@ class Siblings:
 
         The routes of the first `routed` tokens are known.
         """
-        (completion,) = await self._policy.generate(
-            prompt,
-            sampling,
-            stop=stop,
-            session=session,
-            engine=self._engine,
-            routes_from=routed if self._routes else None,
-        )
+        (completion,) = await self._generate(prompt, sampling, stop=stop, session=session, routed=routed)
         return completion
+
+    async def _generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int],
+        n: int = 1,
+        session: str = "",
+        routed: int = 0,
+    ) -> list[Completion]:
+        request_id = f"gen-{secrets.token_hex(8)}"
+        self._sent[request_id] = sampling.seed, len(prompt)
+        try:
+            return await self._policy.generate(
+                prompt,
+                sampling,
+                stop=stop,
+                n=n,
+                session=session,
+                engine=self._engine,
+                routes_from=routed if self._routes else None,
+                request_id=request_id,
+            )
+        finally:
+            del self._sent[request_id]
 
     def _send_waiting(self) -> None:
         """Cut what is waiting into runs of contiguous seeds, one task each."""
@@ -174,14 +248,7 @@ class Siblings:
     async def _answer(self, run: Sequence[_Request]) -> None:
         first = run[0]
         try:
-            completions = await self._policy.generate(
-                first.prompt,
-                first.sampling,
-                stop=first.stop,
-                engine=self._engine,
-                n=len(run),
-                routes_from=0 if self._routes else None,
-            )
+            completions = await self._generate(first.prompt, first.sampling, stop=first.stop, n=len(run))
         except Exception as error:  # belongs to whoever waits; the group's other requests go on
             for request in run:
                 if not request.answer.done():

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import traceback
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,14 +22,16 @@ from prl.columns import ColumnFolder
 from prl.compose.compose import Composition
 from prl.compose.config import Run
 from prl.compose.routing import replayed
-from prl.errors import InfrastructureError, PrlError, UserError
+from prl.errors import CheckpointError, InfrastructureError, PrlError, UserError
 from prl.messages import RunGroup
 from prl.providers import Engine, Env, Environment, Model, Renderer, Score
+from prl.rollout import carried
+from prl.rollout.carried import CarriedGroup, CarriedRollout
 from prl.rollout.conversation import Conversation, ConversationOver, Opening
 from prl.rollout.policy import EngineError, Policy, Siblings
 from prl.rollout.tokenizer import load
 from prl.routes import store
-from prl.types import Failure, Group, Rollout, Sample, Split, Task, TaskRef, as_tokens
+from prl.types import Carried, Completion, Failure, Group, Rollout, Sample, Split, Task, TaskRef, as_tokens
 
 logger = logging.getLogger(__name__)
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -56,6 +58,8 @@ class GroupRunner:
         self, composition: Composition, run: Run, token: str, *, columns: Path, environments: Collection[str]
     ) -> None:
         self._rollouts = run.rollouts
+        self._in_flight: dict[tuple[int, int], _InFlight] = {}
+        """By group id and attempt."""
         self._columns = ColumnFolder(columns)
         self._renderer = _renderer(composition, run)
         self._policy = _policy(composition, run, token)
@@ -76,9 +80,12 @@ class GroupRunner:
         rollouts it concerns.
         """
         env, task = self._task(request.task)
-        conversations, failures = await self._converse(env, task, request)
-        rollouts, unscored = await _score(env, task, conversations)
-        rollouts = await self._with_routes(rollouts, conversations, request)
+        try:
+            conversations, failures = await self._converse(env, task, request)
+            rollouts, unscored = await _score(env, task, conversations)
+            rollouts = await self._with_routes(rollouts, conversations, request)
+        finally:
+            self._in_flight.pop((request.group_id, request.attempt), None)
         return Group(
             group_id=request.group_id,
             task=request.task,
@@ -95,6 +102,17 @@ class GroupRunner:
             samples.append(self._demonstration(ref))
             await asyncio.sleep(0)
         return tuple(samples)
+
+    async def keep_in_flight(self, path: Path, version: int) -> tuple[Carried, ...]:
+        """Write what versions up to `version` have sampled of the groups that are being rolled out into a new file."""
+        groups = dict(self._in_flight)
+        partial = await asyncio.gather(*(group.siblings.so_far() for group in groups.values()))
+        kept = [
+            (*names, group.kept(version, so_far))
+            for (names, group), so_far in zip(groups.items(), partial, strict=True)
+        ]
+        found = [(group_id, attempt, group) for group_id, attempt, group in kept if group.rollouts]
+        return await asyncio.to_thread(carried.write, path, found) if found else ()
 
     async def aclose(self) -> None:
         """Close every environment and client, even when one of them fails to."""
@@ -117,6 +135,7 @@ class GroupRunner:
 
     async def _converse(self, env: Env, task: Task, request: RunGroup) -> tuple[list[Conversation], list[Failure]]:
         """The siblings' conversations that came to their end, and the failures of the others."""
+        kept = await _carried(request)
         async with asyncio.TaskGroup() as tasks:
             routes = self._policy.routing is not None and request.task.split == "train"
             siblings = Siblings(self._policy, engine=request.engine, tasks=tasks, routes=routes)
@@ -129,9 +148,13 @@ class GroupRunner:
                     opening=opening,
                     sampling=attrs.evolve(request.sampling, seed=request.sampling.seed + member),
                     sequence_length=self._rollouts.sequence_length,
+                    carried=kept.get(member),
                 )
                 for member in range(request.size)
             ]
+            if request.task.split == "train":
+                names = request.group_id, request.attempt
+                self._in_flight[names] = _InFlight(request, siblings, conversations)
             holding = [tasks.create_task(_hold(env, task, conversation)) for conversation in conversations]
         outcomes = [_outcome(c, h) for c, h in zip(conversations, holding, strict=True)]
         finished = [c for c, outcome in zip(conversations, outcomes, strict=True) if outcome is None]
@@ -180,7 +203,33 @@ def _renderer(composition: Composition, run: Run) -> Renderer:
 def _policy(composition: Composition, run: Run, token: str) -> Policy:
     engine = composition.provider(run.engine)
     assert isinstance(engine, Engine)
-    return Policy(composition.load(engine.connect), token, routing=replayed(composition))
+    connect = composition.load(engine.connect)
+    return Policy(connect, token, routing=replayed(composition), resumable=engine.resumable)
+
+
+# --- a group in flight ------------------------------------------------------------------------------------------------
+@attrs.frozen
+class _InFlight:
+    request: RunGroup
+    siblings: Siblings
+    conversations: Sequence[Conversation]
+
+    def kept(self, version: int, so_far: Mapping[int, Completion]) -> CarriedGroup:
+        """`so_far`: what the engine has of the turns that it is asked, by their seeds."""
+        rollouts = [c.kept(version, so_far.get(c.asked_seed)) for c in self.conversations]
+        return CarriedGroup(sampling=self.request.sampling, rollouts=tuple(r for r in rollouts if r is not None))
+
+
+async def _carried(request: RunGroup) -> dict[int, CarriedRollout]:
+    """What a checkpoint has of the group's members; nothing where it was sampled otherwise, or is not there."""
+    if request.carried is None:
+        return {}
+    try:
+        group = await asyncio.to_thread(carried.read, request.carried)
+    except CheckpointError as error:
+        logger.warning("group %d begins anew: %s", request.group_id, error)
+        return {}
+    return {r.member: r for r in group.rollouts} if group.sampling == request.sampling else {}
 
 
 # --- one rollout ------------------------------------------------------------------------------------------------------

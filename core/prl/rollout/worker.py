@@ -1,6 +1,7 @@
 """The environment process: builds the environments that are not cheap and rolls out what the controller sends.
 
     controller ── RunGroup, Demonstrate ──►  one task per request  ── GroupDone, Demonstrations, Failed ──► controller
+                  KeepInFlight                                        InFlightKept
                   Cancel ──► ends that task     Stop ──► ends them all, closes everything, exit 0
 
 How much runs at once is the controller's decision; nothing is queued here. A request that fails is answered with the
@@ -13,13 +14,28 @@ import asyncio
 import os
 import socket
 from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TypeAlias
 
 from prl.compose.compose import Composition
 from prl.errors import PrlError
-from prl.messages import Cancel, Demonstrate, Demonstrations, Failed, GroupDone, Hello, RunGroup, Stop
+from prl.messages import (
+    Cancel,
+    Demonstrate,
+    Demonstrations,
+    Failed,
+    GroupDone,
+    Hello,
+    InFlightKept,
+    KeepInFlight,
+    RunGroup,
+    Stop,
+)
 from prl.rollout.runner import GroupRunner, describe, environment_names
 from prl.run_dir import RunDir
 from prl.wire import AsyncConnection, WireError
+
+Work: TypeAlias = RunGroup | Demonstrate | KeepInFlight
 
 
 def main(composition: Composition, run_dir: RunDir, index: int) -> int:
@@ -74,18 +90,17 @@ class RequestDesk:
             for request in tuple(self._requests):
                 self._cancel(request)
 
-    async def _receive(self) -> RunGroup | Demonstrate | Cancel | Stop:
+    async def _receive(self) -> Work | Cancel | Stop:
         """The next message; one that cannot be read means that the controller speaks another protocol."""
         try:
-            message: RunGroup | Demonstrate | Cancel | Stop = await self._connection.receive(
-                (RunGroup, Demonstrate, Cancel, Stop)
-            )
+            kinds = (RunGroup, Demonstrate, KeepInFlight, Cancel, Stop)
+            message: Work | Cancel | Stop = await self._connection.receive(kinds)
             return message
         except WireError as error:
             await self._connection.send(Failed(error=str(error), fatal=True))
             return Stop()
 
-    def _start(self, tasks: asyncio.TaskGroup, message: RunGroup | Demonstrate) -> None:
+    def _start(self, tasks: asyncio.TaskGroup, message: Work) -> None:
         task = tasks.create_task(self._answer(message))
         self._requests[message.request] = task
         task.add_done_callback(lambda _: self._requests.pop(message.request, None))
@@ -95,14 +110,18 @@ class RequestDesk:
         if task is not None:
             task.cancel()
 
-    async def _answer(self, message: RunGroup | Demonstrate) -> None:
-        reply: GroupDone | Demonstrations | Failed
+    async def _answer(self, message: Work) -> None:
+        reply: GroupDone | Demonstrations | InFlightKept | Failed
         try:
-            if isinstance(message, RunGroup):
-                reply = GroupDone(request=message.request, group=await self._runner.run(message))
-            else:
-                samples = await self._runner.demonstrate(message.tasks)
-                reply = Demonstrations(request=message.request, samples=samples)
+            match message:
+                case RunGroup():
+                    reply = GroupDone(request=message.request, group=await self._runner.run(message))
+                case Demonstrate():
+                    samples = await self._runner.demonstrate(message.tasks)
+                    reply = Demonstrations(request=message.request, samples=samples)
+                case KeepInFlight():
+                    kept = await self._runner.keep_in_flight(Path(message.path), message.version)
+                    reply = InFlightKept(request=message.request, groups=kept)
         except Exception as error:  # the controller decides what becomes of the request; this process lives on
             reply = Failed(request=message.request, error=describe(error))
         await self._connection.send(reply)

@@ -30,6 +30,7 @@ def application(engine: Engine, speech: Speech, token: str) -> web.Application:
     app.add_routes(
         [
             web.post("/inference/v1/generate", generate.generate),
+            web.post("/inference/v1/so_far", generate.so_far),
             web.post("/v1/chat/completions", chat.chat),
             web.get("/v1/models", chat.models),
             web.get("/health", control.health),

@@ -37,14 +37,21 @@ class HttpEngineClient:
         n: int = 1,
         session: str = "",
         routes_from: int | None = None,
+        request_id: str = "",
     ) -> list[Completion]:
         body = {
             "token_ids": [int(token) for token in prompt],
             "sampling_params": {**attrs.asdict(sampling), "n": n, "stop_token_ids": [int(token) for token in stop]},
             "session": session,
             "routes_from": routes_from,
+            "request_id": request_id,
         }
         answer = await self._request("POST", "/inference/v1/generate", body, accept=MEDIA_TYPE)
+        return list(unpack(answer, Completions).completions)
+
+    async def so_far(self, request_id: str) -> list[Completion]:
+        body = {"request_id": request_id}
+        answer = await self._request("POST", "/inference/v1/so_far", body, accept=MEDIA_TYPE)
         return list(unpack(answer, Completions).completions)
 
     async def prepare(self, manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from prl.serve.requests import Request, Result, Stream
 from prl.types import Manifest
@@ -49,3 +49,11 @@ class Engine(Protocol):
     # --- watching -------------------------------------------------------------------------------------------------
     async def statistics(self) -> Mapping[str, float]:
         """Totals since the start and the state of now, under the names in `prl.serve.metrics`."""
+
+
+@runtime_checkable
+class ResumableEngine(Protocol):
+    """An engine that can say what it has of a request before it is answered."""
+
+    async def so_far(self, request_id: str) -> Result:
+        """The tokens of each continuation by now, ABORT where they are not all; without any if there is no request."""

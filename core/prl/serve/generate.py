@@ -12,7 +12,8 @@ from aiohttp import web
 from prl.serve import body
 from prl.serve.body import Body
 from prl.serve.columns import MEDIA_TYPE, Completions, pack
-from prl.serve.engine import Engine
+from prl.serve.engine import Engine, ResumableEngine
+from prl.serve.refusal import RefusedError
 from prl.serve.requests import MAX_SIBLINGS, MAX_STOPS, Request, Result, checked
 from prl.types import Completion, Sampling
 
@@ -42,6 +43,16 @@ class GenerateEndpoint:
         if http.headers.get("Accept") == MEDIA_TYPE:
             return web.Response(body=pack(_columns(result)), content_type=MEDIA_TYPE)
         return web.json_response(_json(result, with_logprobs=with_logprobs))
+
+    async def so_far(self, http: web.Request) -> web.Response:
+        """What a request has by now, in columns; no completions where there is no such request."""
+        fields = await body.read(http)
+        request_id = fields.text("request_id")
+        fields.finish()
+        if not isinstance(self._engine, ResumableEngine):
+            raise RefusedError(501, "this engine cannot say what a request has before it is answered")
+        result = await self._engine.so_far(request_id)
+        return web.Response(body=pack(_columns(result)), content_type=MEDIA_TYPE)
 
     def _parse(self, fields: Body) -> tuple[Request, bool]:
         engine = self._engine

@@ -46,6 +46,7 @@ def prl_engines() -> Iterable[Engine]:
             serve="prl_torch_engine.server:serve",
             connect="prl.serve.client:connect",
             reports_routes=True,
+            resumable=True,
         )
     ]
 

@@ -46,6 +46,9 @@ class Engine:
     def stream(self, request: Request) -> AbstractContextManager[Stream]:
         return self._generation.stream(request)
 
+    async def so_far(self, request_id: str) -> Result:
+        return await self._generation.so_far(request_id)
+
     async def abort(self, request_id: str) -> bool:
         return await self._generation.abort(request_id)
 

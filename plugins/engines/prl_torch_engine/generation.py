@@ -141,6 +141,10 @@ class Generation:
         """End a request: whoever waits for it gets the tokens so far. False when there is no such request."""
         return await self.between_steps(lambda: self._scheduler.abort(request_id))
 
+    async def so_far(self, request_id: str) -> Result:
+        """What a request has by now; without completions when there is no such request."""
+        return await self.between_steps(lambda: self._scheduler.so_far(request_id))
+
     async def pause(self) -> None:
         """Compute nothing until `resume`; requests are kept and accepted."""
         await self.between_steps(lambda: self._set_paused(True))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import accumulate
 
+import attrs
 import torch
 from prl.blocks import invariance
 from prl.blocks.context import Context
@@ -106,6 +107,17 @@ class Scheduler:
         for member in set(range(pending.request.n)) - set(pending.completions):
             self._complete(pending, member, _nothing())
         return True
+
+    def so_far(self, request_id: str) -> Result:
+        """What a request has by now, and goes on from; nothing when there is no such request."""
+        pending = self._pending.get(request_id)
+        if pending is None:
+            return Result(request_id=request_id, completions=(), prompt_tokens=0, reused_tokens=0)
+        found = dict.fromkeys(range(pending.request.n), _nothing()) | pending.completions
+        for row, sequence in enumerate(self.batch.sequences):
+            if sequence.pending is pending:
+                found[sequence.member] = self.batch.completion(row, StopReason.ABORT)
+        return attrs.evolve(pending, completions=found).result()
 
     def set_version(self, version: int) -> None:
         """The weights were replaced. Sequences go on with the keys and values they have; new ones do not use them, and
