@@ -19,6 +19,7 @@ rollouts.jsonl      one line per trained rollout
 columns/            columns too large for a message, until they are trained
 ledger.sqlite       every prompt, batch, version and failure (`prl audit`, `prl explain`)
 events/             the event log: what arrived and when, one file per launch (`prl replay`)
+serving/            where `prl serve` works, while it does
 replay/             where `prl replay` works; a run directory of its own
 checkpoints/step-N/
 """

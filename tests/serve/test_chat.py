@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -12,7 +13,7 @@ import pytest
 from prl.types import Sampling
 
 from tests.plugins.served_engine import TOKEN, Letters, LettersRenderer, Served, serving
-from tests.plugins.tiny_engine import STOP
+from tests.plugins.tiny_engine import STOP, tiny_model
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 PROMPT = LettersRenderer().start(MESSAGES)
@@ -109,9 +110,55 @@ def test_closing_a_stream_aborts_the_request(tmp_path: Path) -> None:
 
 def test_the_model_is_listed(tmp_path: Path) -> None:
     async def test(engine: Served, client: openai.AsyncOpenAI) -> None:
-        assert [model.id async for model in client.models.list()] == ["tiny"]
+        assert [(model.id, model.model_extra) async for model in client.models.list()] == [
+            ("tiny", {"max_model_len": 256, "version": 0})
+        ]
 
     talking(tmp_path, test)
+
+
+def test_a_version_can_be_asked_for_by_name_while_it_is_served(tmp_path: Path) -> None:
+    async def test(engine: Served, client: openai.AsyncOpenAI) -> None:
+        ask: Any = {"messages": MESSAGES, "max_tokens": 4}
+        answer = await client.chat.completions.create(model="tiny@0", **ask)
+        streamed = [event async for event in await client.chat.completions.create(model="tiny@0", stream=True, **ask)]
+        assert {answer.model, *(event.model for event in streamed)} == {"tiny@0"}
+        assert streamed[-1].choices[0].finish_reason is not None
+        await engine.update(1, tiny_model(seed=1))
+        with pytest.raises(openai.NotFoundError, match="version 0 is not served here; this engine serves tiny@1"):
+            await client.chat.completions.create(model="tiny@0", **ask)
+        assert (await client.chat.completions.create(model="tiny", **ask)).model == "tiny"
+
+    talking(tmp_path, test)
+
+
+def test_no_answer_mixes_another_version_with_the_one_asked_for(tmp_path: Path) -> None:
+    """The update comes while the engine is paused with both requests in it."""
+
+    async def test(engine: Served, client: openai.AsyncOpenAI) -> None:
+        ask: Any = {"messages": MESSAGES, "max_tokens": 8, "extra_body": {"min_tokens": 8}}
+        await engine.client.pause()
+        async with asyncio.TaskGroup() as tasks:
+            whole = tasks.create_task(refused(client.chat.completions.create(model="tiny@0", **ask)))
+            events = tasks.create_task(refused(read(client, model="tiny@0", stream=True, **ask)))
+            await engine.until("waiting", 2)
+            await engine.update(1, tiny_model(seed=1))
+            await engine.client.resume()
+        for sentence in (whole.result(), events.result()):
+            assert "version 0 gave way to version 1 before the answer was finished" in sentence
+
+    talking(tmp_path, test)
+
+
+async def read(client: openai.AsyncOpenAI, **ask: Any) -> None:
+    async for _ in await client.chat.completions.create(**ask):
+        pass
+
+
+async def refused(asked: Awaitable[Any]) -> str:
+    with pytest.raises(openai.APIError) as caught:
+        await asked
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from prl.cli import (
     replay,
     report,
     resume,
+    serve,
     simulate,
     status,
     stop,
@@ -36,7 +37,7 @@ from prl.errors import PrlError
 
 COMMANDS = (
     *(launch, status, logs, attach, stop, resume, report, audit, explain, replay, simulate),
-    *(plan, bench, config, plugins, weights, worker),
+    *(serve, plan, bench, config, plugins, weights, worker),
 )
 """In the order in which `prl --help` shows them."""
 

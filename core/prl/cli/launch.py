@@ -103,7 +103,7 @@ def _composed(arguments: argparse.Namespace, *more: str) -> Composition:
     chained = _chain(arguments)
     begin = []
     if arguments.origin and not (chained and chained.start):
-        run_dir, step = _run_and_step(arguments.origin)
+        run_dir, step = run_and_step(arguments.origin)
         begin = [f"checkpoints.resume={json.dumps(str(checkpoint_of(run_dir, step)))}"]
     composition = compose(arguments.config, plugins=arguments.plugins, overrides=[*arguments.set, *begin, *more])
     check_launch(composition)
@@ -154,7 +154,7 @@ def _one_after_the_other(launchers: Sequence[ProcessLauncher], planned: Sequence
     return worst
 
 
-def _run_and_step(origin: str) -> tuple[RunDir, int | None]:
+def run_and_step(origin: str) -> tuple[RunDir, int | None]:
     """The run that RUN[@STEP] names, and the step where it does."""
     name, at, step = origin.rpartition("@")
     return (find_run(name), int(step)) if at and step.isdigit() else (find_run(origin), None)
@@ -167,7 +167,7 @@ def _chain(arguments: argparse.Namespace) -> Chain | None:
     if not arguments.after:
         return None
     after = find_run(arguments.after)
-    run_dir, step = _run_and_step(arguments.origin) if arguments.origin else (None, None)
+    run_dir, step = run_and_step(arguments.origin) if arguments.origin else (None, None)
     if run_dir != after:
         return Chain(after=str(after.path))
     return Chain(after=str(after.path), start=str(after.path), step=step)

@@ -1,7 +1,8 @@
 """`POST /v1/chat/completions`: OpenAI's chat API over the run's renderer, for people and their programs.
 
 Messages become tokens and tokens become messages here; training never comes this way. Fields that would change the
-distribution (`top_p`, penalties) are refused unless they are neutral.
+distribution (`top_p`, penalties) are refused unless they are neutral. The model is called by its name, or NAME@VERSION
+by those who want tokens of that version and of no other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from prl.serve.engine import Engine
 from prl.serve.events import ChatEvents
 from prl.serve.generate import sampling_of, usage
 from prl.serve.refusal import RefusedError
-from prl.serve.requests import MAX_SIBLINGS, Request, checked
+from prl.serve.requests import MAX_SIBLINGS, Request, Result, checked
 from prl.serve.speech import Speech
 from prl.types import Completion, Message
 
@@ -37,6 +38,10 @@ class _Chat:
     logprobs: bool
     token_ids: bool
     include_usage: bool
+    model: str
+    """As it was asked for."""
+    pinned: int | None
+    """The version that may answer; None: any."""
 
 
 class ChatEndpoint:
@@ -49,14 +54,16 @@ class ChatEndpoint:
 
     async def models(self, http: web.Request) -> web.Response:
         entry = {"id": self._model, "object": "model", "created": self._started, "owned_by": "prl"}
-        return web.json_response({"object": "list", "data": [{**entry, "max_model_len": self._engine.length}]})
+        now = {"max_model_len": self._engine.length, "version": self._engine.version}
+        return web.json_response({"object": "list", "data": [entry | now]})
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
         chat = self._parse(await body.read(http))
         if chat.request.streaming:
             return await self._stream(http, chat)
         result = await self._engine.generate(chat.request)
-        answer = self._envelope(result.request_id, "chat.completion")
+        self._check_version(chat, result)
+        answer = self._envelope(result.request_id, "chat.completion", chat.model)
         answer["choices"] = [self._choice(i, c, chat) for i, c in enumerate(result.completions)]
         answer["usage"] = usage(result)
         if chat.token_ids:
@@ -66,8 +73,7 @@ class ChatEndpoint:
     # --- the request ----------------------------------------------------------------------------------------------
     def _parse(self, fields: Body) -> _Chat:
         model = fields.text("model", self._model)
-        if model != self._model:
-            raise RefusedError(404, f"the model {model!r} does not exist; this engine serves {self._model!r}")
+        pinned = self._pinned(model)
         for name, neutral in _NEUTRAL.items():
             if fields.value(name) not in (None, neutral):
                 raise fields.refuse(name, f"must be {neutral} or absent: the policy is sampled as it is")
@@ -81,7 +87,39 @@ class ChatEndpoint:
         options.finish()
         request = self._request(fields, streaming=streaming)
         fields.finish()
-        return _Chat(request=request, logprobs=logprobs, token_ids=token_ids, include_usage=include_usage)
+        return _Chat(
+            request=request,
+            logprobs=logprobs,
+            token_ids=token_ids,
+            include_usage=include_usage,
+            model=model,
+            pinned=pinned,
+        )
+
+    def _pinned(self, model: str) -> int | None:
+        """The version that NAME@VERSION asks for, which is served now; None where only the name is given."""
+        name, at, version = model.partition("@")
+        if name != self._model or (at and not version.isdecimal()):
+            raise RefusedError(404, f"the model {model!r} does not exist; this engine serves {self._model!r}")
+        if at and int(version) != self._engine.version:
+            raise RefusedError(
+                404,
+                f"version {int(version)} is not served here; this engine serves {self._model}@{self._engine.version}. "
+                "`prl serve RUN@STEP` serves a version of which there is a checkpoint",
+            )
+        return int(version) if at else None
+
+    def _check_version(self, chat: _Chat, result: Result) -> None:
+        """Whoever asks for a version by name gets tokens of no other."""
+        if chat.pinned is None:
+            return
+        sampled = {int(version) for completion in result.completions for version in completion.versions}
+        if self._engine.version != chat.pinned or sampled - {chat.pinned, -1}:
+            raise RefusedError(
+                409,
+                f"version {chat.pinned} gave way to version {self._engine.version} before the answer was finished; "
+                "ask for that one, or for any by its name alone",
+            )
 
     def _request(self, fields: Body, *, streaming: bool) -> Request:
         prompt = self._render([_message(message) for message in fields.objects("messages")])
@@ -97,8 +135,8 @@ class ChatEndpoint:
             raise RefusedError(400, f"the messages cannot be rendered: {error}") from None
 
     # --- the answer -----------------------------------------------------------------------------------------------
-    def _envelope(self, request_id: str, kind: str) -> dict[str, Any]:
-        return {"id": request_id, "object": kind, "created": int(time.time()), "model": self._model}
+    def _envelope(self, request_id: str, kind: str, model: str) -> dict[str, Any]:
+        return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
 
     def _choice(self, index: int, completion: Completion, chat: _Chat) -> dict[str, Any]:
         tokens = completion.tokens.tolist()
@@ -119,14 +157,19 @@ class ChatEndpoint:
 
     async def _stream(self, http: web.Request, chat: _Chat) -> web.StreamResponse:
         request = chat.request
-        envelope = self._envelope(request.request_id, "chat.completion.chunk")
+        envelope = self._envelope(request.request_id, "chat.completion.chunk", chat.model)
         with self._engine.stream(request) as stream:
             events = ChatEvents(envelope, self._renderer, n=request.n)
             await events.open(http)
             while stream.result is None:
                 await stream.change()
                 await events.tell(stream.tokens)
-            await events.close(stream.result, include_usage=chat.include_usage)
+            try:
+                self._check_version(chat, stream.result)
+            except RefusedError as refusal:
+                await events.refuse(refusal)
+            else:
+                await events.close(stream.result, include_usage=chat.include_usage)
         return events.response
 
 

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from prl.providers import Renderer
 from prl.serve.generate import usage
+from prl.serve.refusal import RefusedError
 from prl.serve.requests import Result
 from prl.types import Int32
 
@@ -46,6 +47,11 @@ class ChatEvents:
         if include_usage:
             await self._send(usage=usage(result))
         await self.response.write(b"data: [DONE]\n\n")
+        await self.response.write_eof()
+
+    async def refuse(self, refusal: RefusedError) -> None:
+        """Instead of `close`: what was told so far is not the answer."""
+        await self.response.write(b"data: " + json.dumps(refusal.body()).encode() + b"\n\n")
         await self.response.write_eof()
 
     def _text(self, tokens: Int32) -> str:
