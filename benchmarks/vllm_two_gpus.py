@@ -9,8 +9,8 @@ that fails costs no other. Those of a stage go side by side, the stages one afte
     kv          one plain server, tiers behind a cache, engines for prompts (GPU 0 for prompts, GPU 1 decodes), both
     fp8         weights travel in FP8 blocks and are served in them; all are read back after two updates
     deep_gemm   the same with DeepGEMM's kernels
-    experts     two copies of the attention, the experts divided over both GPUs: answers of both copies, before and after
-                an update
+    experts     two copies of the attention, the experts divided over both GPUs: answers of both, before and after an
+                update
     preflight   what the Slurm launcher asks of devices before a run: their health, a product on each, a sum over NCCL
     loop        benchmarks/vllm_gpu.py's run, trainer and vLLM on a GPU each (--weights: other transports, one run each)
 """

@@ -9,12 +9,14 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
+from prl.blocks import rounding
 from prl.compose.compose import Composition, compose, create_run
 from prl.compose.plan import plan
 from prl.dispatch.hub import Hub
+from prl.providers import Model
 from prl.run_dir import RunDir
 from prl.types import Manifest
 from prl_local.devices import divided
@@ -53,6 +55,8 @@ class Fleet:
         try:
             yield fleet
         finally:
+            for engine in fleet.engines:
+                background.run(engine.client.aclose())
             for process in processes:
                 with suppress(ProcessLookupError):
                     process.terminate()
@@ -94,6 +98,14 @@ class Fleet:
                 )
             await asyncio.wait({hello}, timeout=0.2)
         return hello.result()
+
+    def round(self) -> None:
+        """The trainer's modules compute with weights as engines see them."""
+        composition = self.composition
+        run, provider = composition.run, cast(Model, composition.provider(composition.run.model))
+        weight_map = composition.load(provider.weights)(run.model, self.trainer.vocab_size)
+        number_format = composition.build(run.quantization)
+        rounding.install(self.trainer.model, weight_map, number_format, unquantized=provider.unquantized)
 
     def publish(self, version: int, seed: int) -> Manifest:
         """New weights, served by every engine."""

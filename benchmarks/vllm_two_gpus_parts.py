@@ -263,11 +263,13 @@ def fp8(job: Job, *edits: str) -> None:
     layout = ('quantization.type="fp8_block"', "engine.length=2048", *edits)
     with job.up({"engine": layout}) as fleets:
         fleet = fleets["engine"]
+        fleet.round()
         for version in (0, 1):
             started = time.perf_counter()
             manifest = fleet.publish(version, seed=1 + version)
-            job.report.add(**{f"version_{version}": {"publish_seconds": time.perf_counter() - started}})
-            job.report.add(**{f"version_{version}": {**same(manifest, fleet), **mismatch(fleet)}})
+            figures = {"publish_seconds": time.perf_counter() - started, **mismatch(fleet)}
+            job.report.add(**{f"version_{version}": figures})
+            job.report.add(**{f"version_{version}": {**figures, **same(manifest, fleet)}})
 
 
 def deep_gemm(job: Job) -> None:
@@ -287,8 +289,9 @@ def experts(job: Job) -> None:
         fleet = fleets["engine"]
         for version in (0, 1):
             manifest = fleet.publish(version, seed=1 + version)
-            job.report.add(**{f"version_{version}": mismatch(fleet)})
-            job.report.add(**{f"version_{version}": {**mismatch(fleet), **same(manifest, fleet)}})
+            figures = mismatch(fleet)
+            job.report.add(**{f"version_{version}": figures})
+            job.report.add(**{f"version_{version}": {**figures, **same(manifest, fleet)}})
 
 
 def same(manifest: Manifest, fleet: Fleet) -> dict[str, Any]:
