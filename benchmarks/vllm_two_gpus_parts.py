@@ -38,8 +38,10 @@ class Sizes:
     quantization: str
     length: int
     talk: Talk
+    room: int
+    """Bytes of a cache. Said, not measured: there are other servers on the device."""
     small: int
-    """Bytes of a small cache, and of the host memory behind it."""
+    """Of a small cache, and of the host memory behind it."""
     cold: tuple[int, int]
     """Prompts, and their tokens, that nobody computed before."""
     options: Mapping[str, Any]
@@ -63,6 +65,7 @@ GPU = Sizes(
     quantization="bf16",
     length=4608,
     talk=Talk(conversations=8, turn=2000, sampled=16),
+    room=2 << 30,
     small=3 * 4096 * KV_TOKEN_BYTES,
     cold=(12, 4096),
     options={"gpu_memory_utilization": 0.1, "enforce_eager": True},
@@ -80,6 +83,7 @@ TOY = Sizes(
     quantization="fp32",
     length=1024,
     talk=Talk(conversations=3, turn=300, sampled=8),
+    room=128 << 20,
     small=12 * (128 << 10),
     cold=(2, 300),
     options={},
@@ -109,6 +113,7 @@ def write_base(folder: Path, sizes: Sizes) -> Path:
             "type": "vllm",
             "sequences": 16,
             "length": sizes.length,
+            "kv_cache_bytes": sizes.room,
             "options": dict(sizes.options),
             "environment": dict(sizes.environment),
         },
@@ -182,10 +187,9 @@ def kv(job: Job) -> None:
             f'engine.kv_tiers.disk="{disk}"',
         )
 
-    room = f"engine.kv_cache_bytes={max(2 << 30, small)}" if job.sizes.device == "cuda" else routed
     layouts = {
-        "plain": (routed, room),
-        "prefill and decode": (routed, room, *prefill),
+        "plain": (routed,),
+        "prefill and decode": (routed, *prefill),
         "tiers": tiers("alone"),
         "prefill and decode, tiers": (*prefill, *tiers("both")),
     }
