@@ -287,7 +287,8 @@ def deep_gemm(job: Job) -> None:
 
 
 def experts(job: Job) -> None:
-    """Many requests at once, so that both copies answer: each must serve the new weights, as far as theirs show."""
+    """Many requests at once, so that both copies answer: each must serve the new weights. Read back is the first copy's
+    device, which has one half of the experts."""
     layout = ("engine.parallel.data=2", "engine.parallel.experts=true", "engine.length=2048")
     with job.up({"engine": layout}) as fleets:
         fleet = fleets["engine"]
@@ -309,6 +310,10 @@ def same(manifest: Manifest, fleet: Fleet) -> dict[str, Any]:
         "dtypes": sorted({record.dtype for record in manifest.tensors}),
         "equal": len(manifest.tensors) - len(wrong),
         "wrong": wrong[:6],
+        "experts_of_wrong": sorted(
+            {int(name.split("experts.")[1].split(".")[0]) for name in wrong if "experts." in name}
+        ),
+        "wrong_besides_experts": sum("experts." not in name for name in wrong),
         "read_back_seconds": time.perf_counter() - started,
     }
 
