@@ -21,10 +21,12 @@ def install() -> None:
     """The refusal is not asked where NIXL is the only connector."""
     from vllm.config import VllmConfig
 
-    wrap(VllmConfig, "__post_init__", _unrefused)
+    wrap(VllmConfig, "__post_init__", unrefused)
 
 
-def _unrefused(check: Callable[..., None]) -> Callable[..., None]:
+def unrefused(check: Callable[..., None]) -> Callable[..., None]:
+    """Around `VllmConfig.__post_init__`."""
+
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         model, transfer = self.model_config, self.kv_transfer_config
         if not (getattr(model, FLAG, False) and getattr(transfer, "kv_connector", None) == "NixlConnector"):
