@@ -12,6 +12,7 @@ that fails costs no other. Those of a stage go side by side, the stages one afte
     experts     two copies of the attention, the experts divided over both GPUs: answers of both, before and after an
                 update
     preflight   what the Slurm launcher asks of devices before a run: their health, a product on each, a sum over NCCL
+    nccl        benchmarks/nccl_pair_gpu.py: the transport alone, and either side killed
     loop        benchmarks/vllm_gpu.py's run, trainer and vLLM on a GPU each (--weights: other transports, one run each)
 """
 
@@ -82,6 +83,7 @@ def stages(folder: Path, weights: Sequence[str], toy: bool) -> list[list[Part]]:
             part("deep_gemm", environment=second),
             part("experts"),
             part("preflight", limit=90.0),
+            Part(name="nccl", commands=(("-m", "benchmarks.nccl_pair_gpu", "--out", str(folder)),), limit=150.0),
         ]
     )
     first, *others = weights
