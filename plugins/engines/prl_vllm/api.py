@@ -214,11 +214,12 @@ def routes(choice: Mapping[str, Any], ask: Ask, completion: Completion) -> Route
 
 def _generate_body(ask: Ask) -> dict[str, Any]:
     sampling = ask.sampling
+    transfer = {} if ask.kv_transfer is None else {"kv_transfer_params": dict(ask.kv_transfer)}
     return {
         "request_id": ask.request_id,
         "token_ids": list(ask.prompt),
         "cache_salt": ask.salt,
-        **({"kv_transfer_params": dict(ask.kv_transfer)} if ask.kv_transfer is not None else {}),
+        **transfer,
         "sampling_params": {
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
@@ -231,6 +232,7 @@ def _generate_body(ask: Ask) -> dict[str, Any]:
             "detokenize": False,
             "output_kind": FINAL_ONLY,
             **({"routed_experts_prompt_start": ask.routes_from} if ask.routes_from else {}),
+            **({"extra_args": transfer} if transfer else {}),  # where releases before 0.30 look for it
         },
     }
 
