@@ -11,9 +11,9 @@ import pytest
 from prl.serve.refusal import RefusedError
 from prl.serve.requests import Request
 from prl.types import Completion, Routes, Sampling, StopReason
-from prl_vllm.api import Answer, Ask, VllmApi
+from prl_vllm.api import Answer, Ask, VllmApi, generate_body
 from prl_vllm.engine import Engine
-from prl_vllm.handover import Handed, Prefills
+from prl_vllm.handover import TO_BE_FETCHED, Handed, Prefills
 from prl_vllm.inside import handed_routes
 
 PROMPT = [5, 6, 7, 8]
@@ -119,6 +119,22 @@ def test_after_a_hand_over_no_token_beyond_the_prompt_is_asked_for() -> None:
     assert [ask.routes_from for ask in server.asked] == [None, 3]
     assert completion.routes.start == 0
     assert completion.routes.versions.tolist() == [3, 3, 3, 3]
+
+
+def test_what_connectors_are_told_is_among_the_sampling_parameters_too() -> None:
+    """Releases before 0.30 look for it there alone."""
+
+    async def work() -> Ask:
+        server = Server([answer(StopReason.LENGTH, routes(0, 4, -1))])
+        await engine(server).prefill(request(), "")
+        return server.asked[0]
+
+    asked = asyncio.run(work())
+    assert asked.kv_transfer == TO_BE_FETCHED
+    told = {"kv_transfer_params": dict(TO_BE_FETCHED)}
+    assert generate_body(asked).items() >= told.items()
+    assert generate_body(asked)["sampling_params"]["extra_args"] == told
+    assert "extra_args" not in generate_body(attrs.evolve(asked, kv_transfer=None))["sampling_params"]
 
 
 # --- the refusal ------------------------------------------------------------------------------------------------------
