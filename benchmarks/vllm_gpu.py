@@ -1,6 +1,7 @@
-"""Trainer and vLLM on one GPU: a real run of a mixture of experts in bfloat16, beside plain vLLM in the same session.
+"""Trainer and vLLM on one GPU or two: a real run of a mixture of experts in bfloat16, beside plain vLLM.
 
     python -m benchmarks.vllm_gpu --out DIR                1.36B parameters; one GPU of 80 GB, about six minutes
+    python -m benchmarks.vllm_gpu --out DIR --two          a GPU for each of the two
     python -m benchmarks.vllm_gpu --out DIR --toy          the same on a CPU, with vLLM's CPU build
 
 Phases, each in processes of its own, with a time limit and a log in DIR; DIR/result.json is written after each, and one
@@ -92,6 +93,8 @@ GPU = Sizes(
     ),
     environment={"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"},
 )
+TWO = attrs.evolve(GPU, run={**GPU.run, "run": {"steps": 12}, "trainer": {"device": "cuda"}})
+"""The run alone differs: there is less time for it."""
 TOY = Sizes(
     model={
         "hidden_size": 64,
@@ -135,6 +138,7 @@ def write_config(sizes: Sizes, folder: Path, options: int = 0) -> Path:
     engine = {"sequences": SEQUENCES, "options": dict(sizes.options[options]), "environment": dict(sizes.environment)}
     made = {
         "extends": f"{ROOT}/configs/toy.toml",
+        "plugins": [*table["plugins"], *(section["type"] for name, section in sizes.run.items() if name == "weights")],
         "run": {"dir": f"{folder}/run"},
         "model": dict(sizes.model),
         "tokenizer": {"file": f"{folder}/tokenizer.json"},
@@ -180,12 +184,13 @@ class Session:
     """What all phases share."""
 
     folder: Path
-    toy: bool
     ends: float
     """`time.monotonic()` when everything must be over."""
     result: dict[str, Any]
     options: int = 0
     """Which of vLLM's are taken."""
+    arguments: tuple[str, ...] = ()
+    """What chose the sizes."""
 
     def left(self, phase: str) -> float:
         """Seconds that a phase may take."""
@@ -206,7 +211,7 @@ class Session:
 
 def part(phase: str, session: Session, sizes: Sizes) -> bool:
     """One of benchmarks/vllm_gpu_parts.py in a process of its own; whether it ended well."""
-    arguments = ["--out", str(session.folder), *(["--toy"] if session.toy else []), "--part", phase]
+    arguments = ["--out", str(session.folder), *session.arguments, "--part", phase]
     started = time.monotonic()
     with (session.folder / f"{phase}-{session.options}.log").open("wb") as log:
         process = subprocess.Popen(
@@ -278,12 +283,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on a CPU")
+    parser.add_argument("--two", action="store_true", help="a GPU for the trainer, and one for vLLM")
+    parser.add_argument("--weights", default="", help="the run's weight transport, a plugin of that name")
     parser.add_argument("--seconds", type=float, default=3600.0, help="everything ends after so long")
     parser.add_argument("--only", default="export,plain,score,run", help="phases, in order")
     parser.add_argument("--options", type=int, default=0, help="which of vLLM's options are tried first")
     parser.add_argument("--part", choices=MODULES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes, folder = TOY if options.toy else GPU, options.out.resolve()
+    sizes, folder = TOY if options.toy else TWO if options.two else GPU, options.out.resolve()
+    if options.weights:
+        sizes = attrs.evolve(sizes, run={**sizes.run, "weights": {"type": options.weights}})
     if options.part:
         from benchmarks import vllm_gpu_parts
 
@@ -291,7 +300,8 @@ def main() -> None:
         (folder / f"{options.part}.json").write_text(json.dumps(figures))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    session = Session(folder, options.toy, time.monotonic() + options.seconds, {}, options.options)
+    arguments = ("--toy",) * options.toy + ("--two",) * options.two
+    session = Session(folder, time.monotonic() + options.seconds, {}, options.options, arguments)
     session.keep("about", {**about(), "sizes": attrs.asdict(sizes)})
     write_tokenizer(sizes.model["vocab_size"], folder / "tokenizer.json")
     write_prompts(folder / "prompts.jsonl")

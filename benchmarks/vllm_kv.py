@@ -28,7 +28,7 @@ from prl.types import Completion
 from tests.plugins.served_vllm import Served, fleet
 
 RESULTS = Path(__file__).parent / "results" / "vllm_kv.json"
-LENGTH, TURN, SAMPLED = 1024, 300, 24
+LENGTH = 1024
 BLOCK_BYTES = 128 << 10
 MODEL = (
     "model.layers=2",
@@ -41,6 +41,18 @@ MODEL = (
 )
 MOVED = ("fetched_bytes", "host_written_bytes", "host_read_bytes", "disk_written_bytes", "disk_read_bytes")
 Turns = list[Completion]
+
+
+@attrs.frozen(kw_only=True)
+class Talk:
+    """What is asked."""
+
+    conversations: int
+    turn: int = 300
+    """Tokens that a person's turn has at least."""
+    sampled: int = 24
+    routed: bool = True
+    """Routes are asked for."""
 
 
 def layouts(folder: Path, blocks: int) -> dict[str, tuple[str, ...]]:
@@ -73,40 +85,44 @@ class Measured:
     """... that came from host memory, disk or another engine."""
     moved: dict[str, float]
     """Bytes, by way."""
-    tokens_equal: bool
+    completions: int
+    differing: int
+    """Completions whose tokens are not all those of the reference."""
     logprob_gap: float
-    routes_equal: bool
+    routes_equal: bool | None
+    """None: not asked for."""
     rows: int
     """Of routes, compared."""
 
 
-def converse(engine: Served, prompts: Sequence[list[int]]) -> list[Turns]:
+def converse(engine: Served, prompts: Sequence[list[int]], talk: Talk) -> list[Turns]:
     """Two turns of each conversation; the second brings more text."""
+    ask = engine.routed if talk.routed else engine.generate
     conversations = []
     for prompt in prompts:
-        (first,) = engine.routed(prompt, temperature=0.0, max_tokens=SAMPLED)
-        longer = [*prompt, *first.tokens.tolist(), *prompt[:TURN]]
-        (second,) = engine.routed(longer, temperature=0.0, max_tokens=SAMPLED)
+        (first,) = ask(prompt, temperature=0.0, max_tokens=talk.sampled)
+        longer = [*prompt, *first.tokens.tolist(), *prompt[: talk.turn]]
+        (second,) = ask(longer, temperature=0.0, max_tokens=talk.sampled)
         conversations.append([first, second])
     return conversations
 
 
-def measure(layout: str, engines: list[Served], conversations: int, reference: list[Turns] | None) -> Any:
-    """(measurement, completions of the second pass)."""
-    manifest = engines[0].trainer.send(0)
-    for engine in engines:
-        engine.run(engine.serve(manifest))
+def measure(
+    layout: str, engines: Sequence[Served], talk: Talk, reference: list[Turns] | None
+) -> tuple[Measured, list[Turns]]:
+    """(measurement, completions of the second pass); the engines serve a version already."""
     sampling = engines[-1]
-    prompts = sampling.prompts(*[TURN + 7 * i for i in range(conversations)], seed=3)
-    converse(sampling, prompts)
+    prompts = sampling.prompts(*[talk.turn + 7 * i for i in range(talk.conversations)], seed=3)
+    converse(sampling, prompts, talk)
     before = _total(engines)
     started = time.perf_counter()
-    answers = converse(sampling, prompts)
+    answers = converse(sampling, prompts, talk)
     seconds = time.perf_counter() - started
     after = _total(engines)
     more = {name: after[name] - before[name] for name in after}
-    asked = sum(2 * len(p) + SAMPLED + len(p[:TURN]) for p in prompts)
+    asked = sum(2 * len(p) + talk.sampled + len(p[: talk.turn]) for p in prompts)
     pairs = list(zip(_flat(answers), _flat(reference or answers), strict=True))
+    routed = [(a, b) for a, b in pairs if a.routes is not None and b.routes is not None]
     result = Measured(
         layout=layout,
         seconds=round(seconds, 2),
@@ -115,15 +131,23 @@ def measure(layout: str, engines: list[Served], conversations: int, reference: l
         hits=round(more["prefix_hit_tokens"] / more["prompt_tokens"], 3),
         outside=round(more["outside_hit_tokens"] / more["prompt_tokens"], 3),
         moved={name: more[name] for name in MOVED},
-        tokens_equal=all(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs),
-        logprob_gap=max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in pairs),
-        routes_equal=all(_routes(a) == _routes(b) for a, b in pairs),
-        rows=sum(len(a.routes.versions) for a, _ in pairs if a.routes is not None),
+        completions=len(pairs),
+        differing=sum(a.tokens.tolist() != b.tokens.tolist() for a, b in pairs),
+        logprob_gap=max(_gap(a, b) for a, b in pairs),
+        routes_equal=all(_routes(a) == _routes(b) for a, b in routed) if routed else None,
+        rows=sum(len(a.routes.versions) for a, _ in routed if a.routes is not None),
     )
     return result, answers
 
 
-def _total(engines: list[Served]) -> dict[str, float]:
+def _gap(one: Completion, other: Completion) -> float:
+    """The largest difference of a log-probability, up to where tokens differ."""
+    (apart,) = (one.tokens != other.tokens).nonzero()
+    same = int(apart[0]) if len(apart) else len(one.tokens)
+    return float(np.abs(one.logprobs - other.logprobs)[:same].max(initial=0.0))
+
+
+def _total(engines: Sequence[Served]) -> dict[str, float]:
     every = [engine.statistics() for engine in engines]
     return {name: sum(one[name] for one in every) for name in every[0]}
 
@@ -151,7 +175,10 @@ def main() -> None:
         for layout, edits in layouts(Path(name), chosen.blocks).items():
             run = Path(name) / layout.replace(" ", "-").replace(",", "")
             with fleet(run, *MODEL, *edits, plugins="vllm,disk") as engines:
-                result, answers = measure(layout, engines, chosen.conversations, reference)
+                manifest = engines[0].trainer.send(0)
+                for engine in engines:
+                    engine.run(engine.serve(manifest))
+                result, answers = measure(layout, engines, Talk(conversations=chosen.conversations), reference)
             reference = reference or answers
             results.append(result)
             print(json.dumps(attrs.asdict(result)), flush=True)

@@ -76,7 +76,7 @@ class VllmApi:
     # --- generation ---------------------------------------------------------------------------------------------------
     async def generate(self, ask: Ask) -> Answer:
         """Cancelling the task aborts the request."""
-        answer = json.loads(await self._request("POST", "/inference/v1/generate", _generate_body(ask)))
+        answer = json.loads(await self._request("POST", "/inference/v1/generate", generate_body(ask)))
         choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
         usage = answer["usage"]
         details = usage.get("prompt_tokens_details") or {}
@@ -90,7 +90,7 @@ class VllmApi:
     async def stream(self, ask: Ask, tell: Callable[[int, Int32], None]) -> Answer:
         """As `generate`, and `tell(member, tokens so far)` as they come."""
         members = [_Member() for _ in range(ask.n)]
-        async for choice in self._choices({**_generate_body(ask), "stream": True}):
+        async for choice in self._choices({**generate_body(ask), "stream": True}):
             member = members[choice["index"]]
             member.add(choice)
             tell(choice["index"], np.asarray(member.tokens, np.int32))
@@ -212,13 +212,15 @@ def routes(choice: Mapping[str, Any], ask: Ask, completion: Completion) -> Route
     return Routes(layers=layers, experts=experts[skipped:], versions=whole[start + skipped :], start=start + skipped)
 
 
-def _generate_body(ask: Ask) -> dict[str, Any]:
+def generate_body(ask: Ask) -> dict[str, Any]:
+    """The question as `/inference/v1/generate` has it."""
     sampling = ask.sampling
+    transfer = {} if ask.kv_transfer is None else {"kv_transfer_params": dict(ask.kv_transfer)}
     return {
         "request_id": ask.request_id,
         "token_ids": list(ask.prompt),
         "cache_salt": ask.salt,
-        **({"kv_transfer_params": dict(ask.kv_transfer)} if ask.kv_transfer is not None else {}),
+        **transfer,
         "sampling_params": {
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
@@ -231,6 +233,7 @@ def _generate_body(ask: Ask) -> dict[str, Any]:
             "detokenize": False,
             "output_kind": FINAL_ONLY,
             **({"routed_experts_prompt_start": ask.routes_from} if ask.routes_from else {}),
+            **({"extra_args": transfer} if transfer else {}),  # where releases before 0.30 look for it
         },
     }
 

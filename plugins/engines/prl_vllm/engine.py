@@ -97,7 +97,8 @@ class Engine:
         ask = self._ask(request, first, n)
         if handed is None:
             return await self._answer(ask)
-        known = len(ask.prompt) if ask.routes_from is not None else None
+        # vLLM computes the last token of a prompt here in any case, and answers no question after it.
+        known = len(ask.prompt) - 1 if ask.routes_from is not None else None
         answer = await self._answer(attrs.evolve(ask, salt=_salt(self._mark, handed=True), routes_from=known))
         completions = (attrs.evolve(c, routes=joined(handed.routes, c.routes)) for c in answer.completions)
         return attrs.evolve(answer, completions=tuple(completions))
@@ -130,11 +131,12 @@ class Engine:
                 if mark == self._mark:
                     ask = attrs.evolve(self._ask(request, 0, 1), kv_transfer=TO_BE_FETCHED)
                     answer = await self._api.generate(ask)
-        if answer is None or mark != self._mark:
-            raise RefusedError(409, f"version {self.version} is served, whose weights are others")
+        if answer is None or mark != self._mark or answer.completions[0].stop is StopReason.ABORT:
+            raise RefusedError(409, f"version {self.version} is served, or about to be, whose weights are others")
         if not answer.kv_transfer:
             raise RefusedError(502, "vLLM keeps no keys and values for others: it has no connector for that")
-        return Handed(transfer=json.dumps(answer.kv_transfer), routes=answer.completions[0].routes)
+        completion = answer.completions[0] if self._tells_versions else _marked(answer.completions[0], self.version)
+        return Handed(transfer=json.dumps(answer.kv_transfer), routes=completion.routes)
 
     async def _answer(self, ask: Ask) -> Answer:
         if self._tells_versions:

@@ -18,6 +18,8 @@ import attrs
 from prl.compose.plan import LaunchPlan, Process
 from prl.supervise.supervisor import supervise
 
+from prl_local import devices
+
 GRACE_SECONDS = 10.0
 
 
@@ -62,7 +64,7 @@ class LocalLauncher:
     def render(self, plan: LaunchPlan) -> str:
         """One line per process: name, what it is given, environment and command."""
         lines = []
-        for process in plan.processes:
+        for process in devices.divided(plan.processes, devices.found()):
             environment = " ".join(f"{key}={value}" for key, value in process.env.items())
             cores = f"{process.cpus} cpu" + (f", {process.gpus} gpu" if process.gpus else "")
             lines.append(f"  {process.name:<14} {cores:<7} {environment} {shlex.join(process.argv)}")
@@ -73,7 +75,8 @@ class LocalLauncher:
 
     def launch(self, plan: LaunchPlan) -> int:
         """Run the processes of the plan; the exit code of the run."""
-        return supervise(plan, spawn, grace=self.grace)
+        own = attrs.evolve(plan, processes=devices.divided(plan.processes, devices.found()))
+        return supervise(own, spawn, grace=self.grace)
 
 
 def spawn(process: Process, log: Path) -> LocalProcess:

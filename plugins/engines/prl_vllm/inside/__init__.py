@@ -43,3 +43,7 @@ def register() -> None:
             from prl_vllm.inside import routes
 
             routes.install()
+    elif os.environ.get(ROUTES) == "1":
+        from prl_vllm.inside import handed_routes
+
+        handed_routes.install()

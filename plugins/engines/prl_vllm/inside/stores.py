@@ -4,7 +4,8 @@ A sequence that goes on under new weights has keys and values of both; its block
 was sent under. In one server nothing is sent under those any more, but host memory and disk may be read by an engine
 that has not been updated yet, or is started again. Upstream stores such blocks: its cache does not ask which weights
 computed a block (`vllm/distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py`). It goes when a change of the
-version there ends what running requests store.
+version there ends what running requests store. Releases that tell no versions have no such change: there no sequence
+goes on through an update (`segments.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prl_vllm.inside.mends import wrap
+from prl_vllm.release import tells_versions
 
 
 def install() -> None:
     """Cut what every request stores when the version changes."""
     from vllm.v1.engine.core import EngineCore
 
-    wrap(EngineCore, "set_weight_version", _cutting)
+    if tells_versions():
+        wrap(EngineCore, "set_weight_version", _cutting)
 
 
 def _cutting(change: Callable[..., None]) -> Callable[..., None]:
