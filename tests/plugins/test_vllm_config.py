@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+from packaging.version import Version
 from prl.compose import describe
 from prl.compose.compose import Composition, compose
 from prl.compose.plan import plan
@@ -327,6 +328,19 @@ def test_experts_must_be_spread_evenly(monkeypatch: pytest.MonkeyPatch, edit: st
             probe=False,
         )
     assert f"over {devices} devices; {more} redundant experts can" in error.value.problems[0].message
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.31.9", True), ("0.32.0", False)])
+def test_experts_on_a_cpu_need_a_release_that_can_be_mended(
+    monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+) -> None:
+    monkeypatch.setattr(release, "installed", lambda: Version(version))
+    monkeypatch.setattr(release, "cpu_build", lambda: True)
+    assert composed().run.engine.count == 1  # dense
+    if refused:
+        assert f"vLLM {version} is installed, which computes experts wrongly" in refusal("model.experts=4")
+    else:
+        assert composed("model.experts=4").run.engine.count == 1
 
 
 @needs_names

