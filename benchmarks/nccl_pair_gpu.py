@@ -3,8 +3,8 @@
     python -m benchmarks.nccl_pair_gpu --out DIR              two GPUs; DIR/nccl.json
     python -m benchmarks.nccl_pair_gpu --out DIR --mb 64      on a CPU, over gloo
 
-A trainer's rank on the first GPU and an engine's worker on the second, each a process of its own, over a gigabyte of
-bfloat16 tensors. In the middle of a transfer first the worker is killed: the rank must live, and serve the next one.
+A trainer's rank on the first GPU and an engine's worker on the second, each a process of its own, over four gigabytes
+of bfloat16 tensors. In the middle of a transfer first the worker is killed: the rank must live, and serve the next one.
 Then the rank is killed: the worker must live, and say in time that the weights did not come.
 """
 
@@ -120,7 +120,7 @@ def measure(run: Path, megabytes: int) -> dict[str, Any]:
     trainer = Side("rank", run, megabytes, first)
     engine = Side("worker", run, megabytes, second)
     rounds = [engine.answer() for _ in range(ROUNDS)]
-    middle = 0.6 * statistics.median(one["seconds"] for one in rounds[1:])
+    middle = 0.5 * statistics.median(one["seconds"] for one in rounds[1:])
     engine.ask()
     time.sleep(middle)
     engine.kill()
@@ -138,7 +138,7 @@ def measure(run: Path, megabytes: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
-    parser.add_argument("--mb", type=int, default=1000, help="megabytes of weights")
+    parser.add_argument("--mb", type=int, default=4000, help="megabytes of weights")
     parser.add_argument("--side", choices=("rank", "worker"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:

@@ -4,7 +4,7 @@
     python -m benchmarks.vllm_two_gpus --out DIR --toy        what a CPU can do of it, with vLLM's CPU build
 
 Parts, each in processes of its own with a time limit and a log in DIR; DIR/result.json is written as they go, and one
-that fails costs no other. Those of a stage go side by side, the stages one after the other.
+that fails costs no other. All but the runs go side by side: their seconds are those of a busy machine.
 
     kv          one plain server, tiers behind a cache, engines for prompts (GPU 0 for prompts, GPU 1 decodes), both
     fp8         weights travel in FP8 blocks and are served in them; all are read back after two updates
@@ -57,7 +57,7 @@ class Part:
 def stages(folder: Path, weights: Sequence[str], toy: bool) -> list[list[Part]]:
     """In the order of their worth."""
 
-    def part(name: str, *variants: tuple[str, ...], limit: float = 200.0, **more: Any) -> Part:
+    def part(name: str, *variants: tuple[str, ...], limit: float = 300.0, **more: Any) -> Part:
         common = ("-m", "benchmarks.vllm_two_gpus_parts", name, "--out", str(folder), *(["--toy"] if toy else []))
         return Part(name=name, commands=tuple((*common, *words) for words in variants or ((),)), limit=limit, **more)
 
@@ -80,18 +80,13 @@ def stages(folder: Path, weights: Sequence[str], toy: bool) -> list[list[Part]]:
         if toy
         else [
             part("fp8", environment=second),
-            part("deep_gemm", environment=second),
+            part("deep_gemm", environment=second, delay=90.0),
             part("experts"),
-            part("preflight", limit=90.0),
-            Part(name="nccl", commands=(("-m", "benchmarks.nccl_pair_gpu", "--out", str(folder)),), limit=150.0),
+            part("preflight", limit=120.0),
+            Part(name="nccl", commands=(("-m", "benchmarks.nccl_pair_gpu", "--out", str(folder)),), limit=200.0),
         ]
     )
-    first, *others = weights
-    return [
-        # The run's servers come up while the others are asked; its first steps do not count.
-        [part("kv", ("--invariant",), (), limit=230.0), *alone, loop(first, delay=0.0 if toy else 50.0)],
-        *[[loop(transport)] for transport in others],
-    ]
+    return [[part("kv", ("--invariant",), (), limit=330.0), *alone], *[[loop(transport)] for transport in weights]]
 
 
 class Session:

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import attrs
+import numpy as np
+import torch
 from prl.blocks import rounding
+from prl.blocks.context import Context
+from prl.blocks.linear import linear
 from prl.compose.compose import Composition, compose, create_run
 from prl.compose.plan import plan
 from prl.dispatch.hub import Hub
@@ -106,6 +110,19 @@ class Fleet:
         weight_map = composition.load(provider.weights)(run.model, self.trainer.vocab_size)
         number_format = composition.build(run.quantization)
         rounding.install(self.trainer.model, weight_map, number_format, unquantized=provider.unquantized)
+
+    @torch.no_grad()
+    def logprobs(self, prompts: Sequence[list[int]], sampled: Sequence[list[int]]) -> list[np.ndarray]:
+        """What the trainer's modules give each sampled token: all sequences in one pass."""
+        rows = [torch.tensor([*prompt, *tokens]) for prompt, tokens in zip(prompts, sampled, strict=True)]
+        ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+        model: Any = self.trainer.model
+        hidden = model.hidden(torch.cat(rows), Context.packed(ends))
+        scores = linear(hidden, model.head()).log_softmax(-1)
+        return [
+            scores[end - len(tokens) - 1 : end - 1].gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+            for end, tokens in zip(ends[1:].tolist(), sampled, strict=True)
+        ]
 
     def publish(self, version: int, seed: int) -> Manifest:
         """New weights, served by every engine."""

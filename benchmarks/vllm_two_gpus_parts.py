@@ -70,7 +70,7 @@ GPU = Sizes(
     cold=(12, 4096),
     options={"gpu_memory_utilization": 0.1, "enforce_eager": True},
     environment={"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"},
-    ready=120.0,
+    ready=200.0,
 )
 TOY = Sizes(
     device="cpu",
@@ -160,7 +160,7 @@ class Job:
             for name, edits in layouts.items():
                 if self.only and name not in self.only:
                     continue
-                place = self.folder / self.name / name.replace(" ", "-")
+                place = self.folder / self.name / f"{name.replace(' ', '-')}{'' if self.invariant else '-as-it-comes'}"
                 fleets[name] = stack.enter_context(
                     Fleet.started(self.background, base, place, [*exact, *edits], devices)
                 )
@@ -176,7 +176,7 @@ def kv(job: Job) -> None:
     """Tokens, log-probabilities and routes beside the plain server's; hits and bytes; what a hand-over takes."""
     small, talk = job.sizes.small, job.sizes.talk
     routed, unrouted = 'trainer.router_replay="on"', 'trainer.router_replay="off"'
-    prefill = ("engine.count=2", "engine.prefill.count=1")
+    prefill = ("engine.count=2", "engine.prefill.count=1", 'engine.environment.UCX_PROTO_INFO="y"')
 
     def tiers(name: str) -> tuple[str, ...]:
         disk = job.folder / job.name / f"disk-{name}"
@@ -326,7 +326,10 @@ def mismatch(fleet: Fleet, *, count: int = 12, length: int = 48) -> dict[str, An
         answers = list(
             threads.map(lambda p: engine.generate(p, temperature=1.0, max_tokens=length, seed=11)[0], prompts)
         )
-    gaps = [fleet.trainer.logprobs(p, a) - a.logprobs for p, a in zip(prompts, answers, strict=True)]
+    gaps = [
+        theirs - answer.logprobs
+        for theirs, answer in zip(fleet.logprobs(prompts, [a.tokens.tolist() for a in answers]), answers, strict=True)
+    ]
     return {
         "k3": k3(np.concatenate(gaps)),
         "k3_of_requests": [k3(gap) for gap in gaps],
@@ -368,7 +371,7 @@ def preflight(job: Job) -> None:
             )
             for rank, device in enumerate(members)
         ]
-        told = [process.communicate(timeout=60) for process in processes]
+        told = [_told_in_time(process) for process in processes]
         job.report.add(
             **{
                 name: {
@@ -379,6 +382,14 @@ def preflight(job: Job) -> None:
                 }
             }
         )
+
+
+def _told_in_time(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
 
 
 PARTS: dict[str, Callable[[Job], None]] = {

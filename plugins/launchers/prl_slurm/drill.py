@@ -49,6 +49,7 @@ def multiply(device: torch.device) -> None:
 def add_up(run_dir: RunDir, file: Path, address: str, rank: int, size: int, timeout: timedelta) -> None:
     """Every rank adds its number; RuntimeError, of torch's kinds too, unless all have the sum in time."""
     store = _keep(run_dir, file, address, timeout) if rank == 0 else _find(file, timeout)
+    all_here(store, rank, size, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     number = torch.full((), rank + 1, device="cuda" if backend == "nccl" else "cpu")
@@ -57,6 +58,18 @@ def add_up(run_dir: RunDir, file: Path, address: str, rank: int, size: int, time
         raise RuntimeError(f"the sum over {size} nodes is {number.item()}, not {size * (size + 1) // 2}")
     torch.distributed.barrier()  # the store may go now
     torch.distributed.destroy_process_group()
+
+
+def all_here(store: TCPStore, rank: int, size: int, timeout: timedelta) -> None:
+    """RuntimeError names the ranks that are missing; NCCL would wait for them, and say nothing."""
+    store.set(f"here-{rank}", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing := [other for other in range(size) if not store.check([f"here-{other}"])]:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"of {size} nodes, those of rank {missing} did not come in {timeout.total_seconds():g} s"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def _keep(run_dir: RunDir, file: Path, address: str, timeout: timedelta) -> TCPStore:
