@@ -118,7 +118,8 @@ def test_a_cancelled_request_is_aborted(engine: Served) -> None:
         asked.cancel()
         async with asyncio.timeout(60):
             while (await engine.client.statistics())["running"]:
-                pass
+                # Older releases count only as they compute: what is aborted last is counted on until then.
+                await engine.client.generate(prompt, Sampling(max_tokens=1), stop=[])
 
     engine.run(test())
 
