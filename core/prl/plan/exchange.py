@@ -17,7 +17,7 @@ import attrs
 
 from prl.plan.devices import Rates
 from prl.plan.layout import experts_over, sharded_over
-from prl.plan.memory import REDUCE_BYTES, Settings
+from prl.plan.memory import Settings
 from prl.train.layout import Layout
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _shard(survey: Survey, settings: Settings, rates: Rates) -> Exchange:
     layout, compute = settings.layout, settings.formats.compute
     volumes = {False: 0.0, True: 0.0}
     for p in survey.parameters:
-        volumes[p.expert] += p.size * (2 * compute + (REDUCE_BYTES if p.trained else 0))
+        volumes[p.expert] += p.size * (2 * compute + (settings.formats.parameter if p.trained else 0))
     dense = _Group.of(sharded_over(layout), 1, rates).collective(volumes[False], rates)
     group = _Group.of(experts_over(layout), layout.expert, rates)
     experts = group.collective(volumes[True] / layout.expert, rates)

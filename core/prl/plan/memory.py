@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Checkpointing: TypeAlias = Literal["none", "full"]
 
-REDUCE_BYTES = 4
-"""Gradients are summed over ranks in float32."""
 _ON_THE_WAY = 2
 """Layers' inputs that are on the device although they wait in host memory: one is computed with, one comes or goes."""
 _INDEX_BUFFER = 2**30
@@ -159,11 +157,7 @@ def memory(
     phases = {
         "forward": static + kept + units.gathered + max(f.forward_peak - f.saved for f in layers),
         "head": static + kept + row + chosen + max(head.forward_peak, head.backward_peak + units.head_gradient),
-        "backward": static
-        + units.gathered
-        + units.gradients
-        + units.head_gradient
-        + _backward(survey, settings, layers, each_kept, kept, grow=not accumulating),
+        "backward": static + _backward(survey, settings, units, layers, each_kept, kept, grow=not accumulating),
         # State that waits in host memory is on the device while parameters move.
         "optimizer": parameters + gradients + state + round(settings.formats.optimizer_working * gradients),
     }
@@ -198,32 +192,42 @@ def activations_away(survey: Survey, settings: Settings, tokens: int) -> int:
 
 def _working(footprint: Footprint, settings: Settings) -> int:
     """What a layer's backward pass needs beside what was kept for it."""
+    peak = footprint.backward_peak if settings.layout.ranks == 1 else footprint.sharded_peak
     if settings.checkpointing == "full":
-        return max(footprint.forward_peak, footprint.backward_peak)
-    return footprint.backward_peak - footprint.saved
+        return max(footprint.forward_peak, peak)
+    return peak - footprint.saved
 
 
 def _backward(
     survey: Survey,
     settings: Settings,
+    units: _Units,
     layers: Sequence[Footprint],
     each_kept: Sequence[int],
     kept: int,
     *,
     grow: bool,
 ) -> int:
-    """The most that activations, and gradients that `grow` meanwhile, come to: layer by layer, the last one first."""
+    """The most that activations, whole layers, and gradients that `grow` meanwhile, come to: the last layer first.
+
+    While a layer computes, the parameters of the one that follows arrive, and the gradients of the one before are on
+    their way to other ranks in the parameters' dtype. What is no layer has its gradients whole until the end.
+    """
+    formats = settings.formats
     kind_of = {index: number for number, kind in enumerate(survey.kinds) for index in kind.layers}
     gradients: dict[int | None, int] = {}
     for p in survey.parameters:
         size = shard_size(p, settings.layout) * settings.formats.parameter if p.trained and grow else 0
         gradients[p.layer] = gradients.get(p.layer, 0) + size
-    now, most = kept + gradients.get(None, 0), 0
+    at_the_end = gradients.get(None, 0) + units.root_gradient
+    now, most = kept + (units.head_gradient if units.sizes else gradients.get(None, 0)), 0
     for index in sorted(kind_of, reverse=True):
         number = kind_of[index]
-        most = max(most, now + _working(layers[number], settings))
+        whole = (units.sizes.get(index, 0) + units.sizes.get(index - 1, 0)) * formats.compute
+        leaving = units.trained.get(index + 1, 0) * formats.parameter
+        most = max(most, now + whole + leaving + _working(layers[number], settings))
         now += gradients.get(index, 0) - each_kept[number]
-    return max(most, now)
+    return max(most, now + (at_the_end if units.sizes else 0))
 
 
 @attrs.frozen
@@ -234,6 +238,12 @@ class _Units:
     gathered: int = 0
     gradients: int = 0
     head_gradient: int = 0
+    root_gradient: int = 0
+    """Of all that is no layer, with what is summed over ranks."""
+    sizes: Mapping[int, int] = attrs.field(factory=dict)
+    """Layer -> elements; empty for a single rank."""
+    trained: Mapping[int, int] = attrs.field(factory=dict)
+    """Those with a gradient."""
 
 
 def _units(survey: Survey, settings: Settings) -> _Units:
@@ -242,14 +252,15 @@ def _units(survey: Survey, settings: Settings) -> _Units:
     head = survey.vocab_size * survey.hidden_size
     if layout.ranks == 1:  # the model's own tensors, counted as held
         return _Units()
-    largest = max(layer_sizes(survey, layout).values())
-    trained = max(layer_sizes(survey, layout, trained=True).values())
-    each_gradient = formats.compute + REDUCE_BYTES
+    sizes, trained = layer_sizes(survey, layout), layer_sizes(survey, layout, trained=True)
     return _Units(
         root=root * formats.compute,
-        gathered=2 * largest * formats.compute,
-        gradients=trained * each_gradient,
-        head_gradient=head * each_gradient,
+        gathered=2 * max(sizes.values()) * formats.compute,
+        gradients=max(trained.values()) * formats.parameter,
+        head_gradient=head * formats.compute,
+        root_gradient=root * (formats.compute + formats.parameter),
+        sizes=sizes,
+        trained=trained,
     )
 
 
@@ -278,4 +289,5 @@ def _with_context(footprint: Footprint, kind: Kind, settings: Settings, micro_ba
         saved=footprint.saved + saved,
         forward_peak=footprint.forward_peak + saved + buffer,
         backward_peak=footprint.backward_peak + saved + gathered,
+        sharded_peak=footprint.sharded_peak + saved + gathered,
     )

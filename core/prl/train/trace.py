@@ -41,6 +41,9 @@ class Footprint:
     backward_peak: int
     """The same in the backward pass, with what was saved and the gradients of output and input. Gradients of parameters
     count until they are whole: they outlive the pass, and are somebody else's to count."""
+    sharded_peak: int
+    """The same with gradients of parameters that are whole: where ranks divide parameters, they wait for the layer's
+    others before they are summed."""
     traffic: int
     """Read and written by operations that are no matrix products, forward and backward."""
 
@@ -51,6 +54,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, granularity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.traffic = 0
+        self.apart = self.peak_with_apart = 0
+        """Bytes that were taken out of the count, and the most there was with them."""
         self._granularity = granularity
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._adopted: list[Any] = []
@@ -72,6 +77,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = -(-storage.nbytes() // self._granularity) * self._granularity
         self.now += size
         self.peak = max(self.peak, self.now)
+        self.peak_with_apart = max(self.peak_with_apart, self.now + self.apart)
         weakref.finalize(storage, self._died, size).atexit = False
         return True
 
@@ -171,8 +177,14 @@ def footprint(
     live = LiveBytes(granularity)
     held = list(parameters)
     live.adopt((x, *inputs, *held))
+
+    def set_apart(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            live.apart += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
     hooks: list[Any] = [
-        p.register_post_accumulate_grad_hook(_forget)  # type: ignore[no-untyped-call]
+        p.register_post_accumulate_grad_hook(set_apart)  # type: ignore[no-untyped-call]
         for p in held
         if p.requires_grad
     ]
@@ -186,7 +198,7 @@ def footprint(
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             out = run()
         made, saved, forward_peak = out.untyped_storage().nbytes(), live.now, live.peak
-        live.peak = live.now
+        live.peak = live.peak_with_apart = live.now
         out.backward(torch.empty_like(out))  # type: ignore[no-untyped-call]
     for hook in hooks:
         hook.remove()
@@ -196,9 +208,6 @@ def footprint(
         keeps_input=any(kept),
         forward_peak=forward_peak,
         backward_peak=live.peak - made,
+        sharded_peak=live.peak_with_apart - made,
         traffic=live.traffic,
     )
-
-
-def _forget(parameter: Tensor) -> None:
-    parameter.grad = None
