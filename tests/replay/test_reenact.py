@@ -118,7 +118,7 @@ def tokens(order: TrainStep) -> list[list[int]]:
     return [micro.tokens.tolist() for micro in order.batch.ranks[0]]
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Fickle(BoundedStaleness):
     """Admits every third group when it arrives, and refuses it when a batch is formed."""
 
