@@ -28,7 +28,7 @@ from prl.train.survey import optimizer_bytes, optimizer_working, survey
 
 SAMPLED = 7 / 8
 """Of a document's tokens, in train_gpu's batches."""
-SKIPPED = ("transformers", "checkpointing mlp", "65k/8 documents")
+SKIPPED = ("transformers", "65k/8 documents")
 
 
 def planned(case: train_gpu.Case) -> Memory:
@@ -46,6 +46,7 @@ def planned(case: train_gpu.Case) -> Memory:
             serve=2,
         ),
         checkpointing=case.trainer.activation_checkpointing,
+        recompute=case.trainer.recompute,
         optimizer_offload=False,
         activation_offload=case.trainer.activation_offload,
         logprob_chunk=case.trainer.logprob_chunk,

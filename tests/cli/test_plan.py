@@ -44,6 +44,23 @@ def test_a_sweep_says_what_cannot_work_and_what_would_help(capsys: pytest.Captur
     assert "memory" not in impossible
 
 
+def test_parts_that_the_config_computes_again_are_planned_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Between none and all: what is kept, what is computed; experts are asked once more."""
+    recompute = ("--set", 'trainer.activation_checkpointing="selective"', "--set", 'trainer.recompute=["experts"]')
+    ways = (("--checkpointing", "none"), recompute, ("--checkpointing", "full"))
+    none, selective, full = (planned(capsys, "kimi_k2_7", *way)["configured"] for way in ways)
+    kept = [plan["memory"]["kept"] for plan in (full, selective, none)]
+    assert kept == sorted(kept)
+    assert len(set(kept)) == 3
+    flops = [sum(plan["time"]["flops"].values()) for plan in (none, selective, full)]
+    assert flops == sorted(flops)
+    assert len(set(flops)) == 3
+    received = [plan["time"]["exchanged"] for plan in (none, selective, full)]
+    assert received[1]["expert"] == pytest.approx(1.5 * received[0]["expert"])
+    assert received[1]["expert"] == received[2]["expert"]
+    assert received[1]["context"] == received[0]["context"] < received[2]["context"]
+
+
 def test_text_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(CONFIGS / "spell_backward.toml"), "--compute", "float32"]) == 0
     text = capsys.readouterr().out

@@ -48,10 +48,12 @@ def nbytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(local(tensor).nbytes for tensor in tensors if tensor is not None)
 
 
-def held(ranks: Ranks, name: str) -> dict[str, int]:
+def held(ranks: Ranks, name: str, recompute: frozenset[str] = frozenset()) -> dict[str, int]:
     """Bytes after one step of one rank, and of what its forward pass kept."""
     torch.manual_seed(0)
     model = build(name)
+    for layer in model.get_submodule("layers").children():
+        layer.recompute = recompute
     ranks.shard(model)
     optimizer = adamw(AdamWConfig(), model.named_parameters(), 1e-3)
     kept = kept_by_a_step(model)

@@ -34,7 +34,7 @@ def register(subparsers: Any) -> None:
     layout.add_argument("--checkpointing", choices=("none", "full"), help="of activations, if not the config's")
     layout.add_argument("--offload", action="store_true", help="optimizer state in host memory")
     layout.add_argument(
-        "--offload-activations", action="store_true", help="layers' inputs in host memory, with --checkpointing full"
+        "--offload-activations", action="store_true", help="inputs of what is computed again in host memory"
     )
     layout.add_argument("--compute", default="bfloat16", metavar="DTYPE", help="of products (default bfloat16)")
     devices = parser.add_argument_group("devices")
@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     composition = compose(arguments.config, plugins=arguments.plugins, overrides=arguments.set, probe=False)
     config = composition.run
-    checkpointing = checkpointing_of(config, arguments.checkpointing)
-    if arguments.offload_activations and checkpointing != "full":
+    checkpointing, recompute = checkpointing_of(config, arguments.checkpointing)
+    if arguments.offload_activations and checkpointing == "none":
         raise UserError("--offload-activations: is for activation checkpointing; add --checkpointing full")
     options = Options(
         device=named(arguments.device),
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         rollouts=rollouts_of(arguments),
         compute=_dtype(arguments.compute),
         checkpointing=checkpointing,
+        recompute=recompute,
         optimizer_offload=arguments.offload or config.trainer.optimizer_offload,
         activation_offload=arguments.offload_activations or config.trainer.activation_offload,
     )

@@ -55,14 +55,15 @@ def _remedy(study: Study, outcomes: Sequence[Outcome]) -> tuple[str, Outcome]:
         "activation checkpointing (--checkpointing full)",
         "optimizer state in host memory (--offload)",
     )
+    full = attrs.evolve(options, checkpointing="full", recompute=())
     away = "layers' inputs in host memory (--offload-activations)"
     tried = (
-        (checkpoints, attrs.evolve(options, checkpointing="full")),
+        (checkpoints, full),
         (offload, attrs.evolve(options, optimizer_offload=True)),
-        (f"{checkpoints} and {offload}", attrs.evolve(options, checkpointing="full", optimizer_offload=True)),
+        (f"{checkpoints} and {offload}", attrs.evolve(full, optimizer_offload=True)),
         (
             f"{checkpoints}, {offload} and {away}",
-            attrs.evolve(options, checkpointing="full", optimizer_offload=True, activation_offload=True),
+            attrs.evolve(full, optimizer_offload=True, activation_offload=True),
         ),
     )
     for sentence, changed in tried:

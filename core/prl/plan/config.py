@@ -22,9 +22,10 @@ def layout_of(run: Run, given: Sequence[str]) -> Layout:
     return attrs.evolve(layout, shard=max(1, layout.shard))
 
 
-def checkpointing_of(run: Run, given: str | None) -> Checkpointing:
-    """What selective checkpointing keeps depends on what it selects; it is planned as none, which keeps more."""
-    return "full" if (given or run.trainer.activation_checkpointing) == "full" else "none"
+def checkpointing_of(run: Run, given: Checkpointing | None) -> tuple[Checkpointing, tuple[str, ...]]:
+    """And what is computed again under selective checkpointing, which a command line does not say."""
+    chosen = given or run.trainer.activation_checkpointing
+    return chosen, run.trainer.recompute if chosen == "selective" else ()
 
 
 def fleet_of(run: Run, devices: int | None) -> Fleet:

@@ -10,7 +10,7 @@ from prl.plan import layout as layouts
 from prl.plan.advise import Advice
 from prl.plan.memory import Memory
 from prl.plan.serving import FLOOR, Serving
-from prl.plan.study import RESERVED, Outcome, Study, waits
+from prl.plan.study import RESERVED, Options, Outcome, Study, waits
 from prl.plan.timing import StepTime
 from prl.train.layout import Layout
 
@@ -27,7 +27,7 @@ def sections(study: Study, advice: Advice) -> list[tuple[str, Rows]]:
     parts = [
         ("planned", _planned(study)),
         (f"layout: {_verdict(advice)}", _layout_rows(shown.layout)),
-        ("bytes of a rank", _memory_rows(shown.memory, study)),
+        ("bytes of a rank", _memory_rows(shown.memory, shown.options, study.budget)),
         (f"a training step: {shown.time.seconds:,.1f} s, most of it {shown.time.bottleneck}", _time_rows(shown.time)),
         ("engines", _engine_rows(study, engines)),
         ("a step, all at the same time", _wait_rows(shown, engines)),
@@ -68,21 +68,24 @@ def _layout_rows(layout: Layout) -> Rows:
     return [[axis, str(getattr(layout, axis))] for axis in layouts.AXES]
 
 
-def _memory_rows(memory: Memory, study: Study) -> Rows:
+def _memory_rows(memory: Memory, options: Options, budget: float) -> Rows:
     held = [
         ("parameters", memory.parameters, "its shard"),
         ("gradients", memory.gradients, "its shard"),
         ("optimizer", memory.optimizer, f"{_gb(memory.host)} more in host memory" if memory.host else "its shard"),
         ("gathered", memory.gathered, "whole layers, embedding and head, and their gradients, while they are needed"),
-        ("kept", memory.kept, f"activations; checkpointing: {study.options.checkpointing}{_away(memory)}"),
+        ("kept", memory.kept, f"activations; checkpointing: {_checkpointing(options)}{_away(memory)}"),
         ("working", memory.working, "of the largest layer"),
     ]
     rows = [[name, _gb(size), note] for name, size, note in held]
-    budget = study.budget
     return rows + [
         [f"most in {phase}", _gb(size), f"{size / budget:.0%} of {_gb(budget)}"]
         for phase, size in memory.phases.items()
     ]
+
+
+def _checkpointing(options: Options) -> str:
+    return f"{options.checkpointing} ({', '.join(options.recompute)})" if options.recompute else options.checkpointing
 
 
 def _away(memory: Memory) -> str:

@@ -21,7 +21,7 @@ from prl.plan.memory import Settings
 from prl.train.layout import Layout
 
 if TYPE_CHECKING:
-    from prl.train.survey import Survey
+    from prl.train.survey import Kind, Survey
 
 
 @attrs.frozen(kw_only=True)
@@ -93,10 +93,12 @@ def _shard(survey: Survey, settings: Settings, rates: Rates) -> Exchange:
 def _context(survey: Survey, settings: Settings, tokens: int, rates: Rates) -> Exchange:
     """Gathered in the forward pass, and again where that is repeated; gradients are scattered as they were computed."""
     layout = settings.layout
-    per_token = sum(len(kind.layers) * kind.remembered.per_token for kind in survey.kinds)
+    per_token = sum(
+        len(kind.layers) * kind.remembered.per_token * (3 if settings.repeats(*_remembering(kind)) else 2)
+        for kind in survey.kinds
+    )
     volume = tokens * per_token * settings.formats.compute
-    passes = 3 if settings.checkpointing == "full" else 2
-    return _Group.of(layout.context, 1, rates).collective(passes * volume, rates)
+    return _Group.of(layout.context, 1, rates).collective(volume, rates)
 
 
 def _expert(survey: Survey, settings: Settings, tokens: int, rates: Rates) -> Exchange:
@@ -105,6 +107,11 @@ def _expert(survey: Survey, settings: Settings, tokens: int, rates: Rates) -> Ex
     per_token = sum(
         len(kind.layers) * kind.routing.per_token * kind.routing.width for kind in survey.kinds if kind.routing
     )
-    passes = 3 if settings.checkpointing == "full" else 2
+    passes = 3 if settings.repeats("experts") else 2
     volume = 2 * passes * tokens * per_token * settings.formats.compute
     return _Group.of(layout.expert, 1, rates).all_to_all(volume, rates)
+
+
+def _remembering(kind: Kind) -> set[str]:
+    """The mixers of such a layer that look at other tokens."""
+    return {*kind.mixers} - {"mlp", "experts"}

@@ -6,7 +6,8 @@
     working     what one layer, or the head, needs beside that
 
 A single rank gathers nothing. Under full activation checkpointing a layer keeps its input alone and computes the rest
-again; the largest layer's whole backward pass is then part of `working`. Those inputs may wait in host memory.
+again; the largest layer's whole backward pass is then part of `working`. Under selective checkpointing its parts do, as
+they were traced. Those inputs may wait in host memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from prl.train.survey import Kind, ParameterInfo, Survey
     from prl.train.trace import Footprint
 
-Checkpointing: TypeAlias = Literal["none", "full"]
+Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 
 _ON_THE_WAY = 2
 """Layers' inputs that are on the device although they wait in host memory: one is computed with, one comes or goes."""
@@ -53,10 +54,20 @@ class Settings:
     layout: Layout
     formats: Formats
     checkpointing: Checkpointing
+    recompute: tuple[str, ...] = ()
+    """Kinds of mixers, under selective checkpointing."""
     optimizer_offload: bool
     activation_offload: bool = False
-    """Layers' inputs in host memory; with full checkpointing."""
+    """Inputs of what is computed again in host memory."""
     logprob_chunk: int
+
+    def repeats(self, *mixers: str) -> bool:
+        """Whether one of these kinds of mixers is computed again in the backward pass."""
+        return self.checkpointing == "full" or not {*mixers}.isdisjoint(self.recompute)
+
+    def checkpoints(self, kind: Kind) -> int:
+        """Inputs that such a layer keeps to compute from again."""
+        return 1 if self.checkpointing == "full" else sum(mixer in self.recompute for mixer in kind.mixers)
 
 
 @attrs.frozen(kw_only=True)
@@ -70,7 +81,7 @@ class Memory:
     host: int
     """Optimizer state in host memory."""
     host_activations: int
-    """Layers' inputs in host memory."""
+    """Inputs in host memory of what is computed again."""
     gathered: int
     kept: int
     scored: int
@@ -140,14 +151,16 @@ def memory(
     tokens = sum(lengths)
     row = tokens * survey.hidden_size * settings.formats.compute
     scored = max(1, round(tokens * sampled))
-    shared, footprints, ends = survey.footprints(lengths, expert=settings.layout.expert, granularity=granularity)
+    shared, footprints, ends = survey.footprints(
+        lengths, expert=settings.layout.expert, recompute=settings.recompute, granularity=granularity
+    )
     layers = [
         _with_context(footprint, kind, settings, micro_batch)
         for kind, footprint in zip(survey.kinds, footprints, strict=True)
     ]
     head = survey.head_footprint(scored, chunk=settings.logprob_chunk, granularity=granularity)
     units = _units(survey, settings)
-    each_kept = [_kept(footprint, row, settings) for footprint in layers]
+    each_kept = [_kept(kind, footprint, row, settings) for kind, footprint in zip(survey.kinds, layers, strict=True)]
     kept = shared + ends.saved + sum(len(k.layers) * n for k, n in zip(survey.kinds, each_kept, strict=True))
     away = activations_away(survey, settings, tokens)
     if away:
@@ -175,19 +188,20 @@ def memory(
     )
 
 
-def _kept(footprint: Footprint, row: int, settings: Settings) -> int:
+def _kept(kind: Kind, footprint: Footprint, row: int, settings: Settings) -> int:
     """From one layer's forward to its backward."""
+    away = settings.checkpoints(kind) * row if settings.activation_offload else 0
     if settings.checkpointing == "full":
-        return 0 if settings.activation_offload else row
-    return footprint.saved + (row if footprint.keeps_input else 0)
+        return row - away
+    return footprint.saved + (row if footprint.keeps_input else 0) - away
 
 
 def activations_away(survey: Survey, settings: Settings, tokens: int) -> int:
     """Bytes of activations in host memory when the forward pass of a rank's `tokens` tokens is done."""
-    if settings.checkpointing != "full" or not settings.activation_offload:
+    if not settings.activation_offload:
         return 0
-    layers = sum(len(kind.layers) for kind in survey.kinds)
-    return layers * tokens * survey.hidden_size * settings.formats.compute
+    inputs = sum(len(kind.layers) * settings.checkpoints(kind) for kind in survey.kinds)
+    return inputs * tokens * survey.hidden_size * settings.formats.compute
 
 
 def _working(footprint: Footprint, settings: Settings) -> int:

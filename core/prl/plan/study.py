@@ -37,6 +37,7 @@ class Options:
     compute: str
     """Name of the dtype that products are computed in."""
     checkpointing: Checkpointing
+    recompute: tuple[str, ...] = ()
     optimizer_offload: bool
     activation_offload: bool
 
@@ -46,6 +47,7 @@ class Outcome:
     """A layout and what comes of it; without `memory` it is impossible, without `time` nobody asked."""
 
     layout: Layout
+    options: Options
     reasons: tuple[str, ...]
     """Why it cannot work; empty: it can."""
     memory: Memory | None = None
@@ -89,7 +91,7 @@ class Study:
         """Everything about one layout."""
         reasons = impossible(layout, ranks=self.ranks, experts=self.experts)
         if reasons:
-            return Outcome(layout=layout, reasons=tuple(reasons))
+            return Outcome(layout=layout, options=self.options, reasons=tuple(reasons))
         settings = self._settings(layout)
         batches = micro_batches(
             self.lengths,
@@ -102,7 +104,8 @@ class Study:
         time = step_time(
             self.survey, settings, needed, batches, device=self.options.device, sampled=self.options.rollouts.sampled
         )
-        return Outcome(layout=layout, reasons=tuple(self._too_much(needed)), memory=needed, time=time)
+        reasons = self._too_much(needed)
+        return Outcome(layout=layout, options=self.options, reasons=tuple(reasons), memory=needed, time=time)
 
     def serving(self) -> Serving:
         """Of the engines, which no layout of the trainer changes."""
@@ -130,6 +133,7 @@ class Study:
             layout=layout,
             formats=self.formats,
             checkpointing=self.options.checkpointing,
+            recompute=self.options.recompute,
             optimizer_offload=self.options.optimizer_offload,
             activation_offload=self.options.activation_offload,
             logprob_chunk=self.composition.run.trainer.logprob_chunk,

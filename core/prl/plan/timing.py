@@ -119,7 +119,7 @@ class _Costs:
         self._survey, self._settings, self._rates, self._sampled = survey, settings, rates, sampled
         heaviest = max((m for rank in micro_batches for m in rank), key=sum)
         lengths = part(heaviest, settings.layout.context)
-        _, footprints, _ = survey.footprints(lengths, expert=settings.layout.expert)
+        _, footprints, _ = survey.footprints(lengths, expert=settings.layout.expert, recompute=settings.recompute)
         moved = sum(len(kind.layers) * f.traffic for kind, f in zip(survey.kinds, footprints, strict=True))
         again = 4 / 3 if settings.checkpointing == "full" else 1.0
         self._moved_per_token = again * moved / max(1, sum(lengths))
@@ -129,8 +129,9 @@ class _Costs:
         """Over all ranks that share the micro-batch."""
         survey = self._survey
         total = survey.head_flops(round(sum(lengths) * self._sampled))
-        for kind, flops in zip(survey.kinds, survey.layer_flops(lengths), strict=True):
-            flops = flops.checkpointed() if self._settings.checkpointing == "full" else flops
+        again = survey.recomputed_flops(lengths, self._settings.recompute)
+        for kind, flops, once_more in zip(survey.kinds, survey.layer_flops(lengths), again, strict=True):
+            flops = flops.checkpointed() if self._settings.checkpointing == "full" else flops + once_more
             total = total + flops.scaled(len(kind.layers))
         return total
 

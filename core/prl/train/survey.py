@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prl.blocks.attention import GroupedQueryAttention
+from prl.blocks.decoder import Layer
 from prl.blocks.mamba2 import Mamba2
 from prl.blocks.mla import MultiHeadLatentAttention
 from prl.blocks.moe import MixtureOfExperts
@@ -88,6 +89,8 @@ class Kind:
     layers: tuple[int, ...]
     remembered: Remembered
     routing: Routing | None
+    mixers: tuple[str, ...]
+    """Their kinds, in order: what `trainer.recompute` chooses from."""
     selects: int
     """Tokens that attention sees of a longer document; 0: all."""
 
@@ -115,6 +118,16 @@ class Survey:
         """Of one layer of every kind, for packed documents."""
         return self._once(lengths, lambda: [flops.count(self._layer(kind), Packed(lengths)) for kind in self.kinds])
 
+    def recomputed_flops(self, lengths: tuple[int, ...], recompute: tuple[str, ...]) -> list[Flops]:
+        """Of these mixers' second forward pass, in one layer of every kind."""
+
+        def count() -> list[Flops]:
+            packed = Packed(lengths)
+            chosen = ([m for m in _mixers(self._layer(kind)) if _name(m) in recompute] for kind in self.kinds)
+            return [Flops(recompute=flops.total(flops.count(m, packed) for m in each).forward) for each in chosen]
+
+        return self._once((lengths, recompute), count)
+
     def head_flops(self, scored: int) -> Flops:
         """Of the logits of `scored` tokens."""
         return flops.head_flops(self.model.head(), scored)  # type: ignore[operator]
@@ -132,11 +145,11 @@ class Survey:
         return sum(n * getattr(section, work, 1.0) for side in sides for work, n in side.items())
 
     def footprints(
-        self, lengths: tuple[int, ...], *, expert: int = 1, granularity: int = 512
+        self, lengths: tuple[int, ...], *, expert: int = 1, recompute: tuple[str, ...] = (), granularity: int = 512
     ) -> tuple[int, list[Footprint], Footprint]:
         """Bytes that layers share; the footprints of one layer of every kind and of what comes before and after all.
 
-        `expert` ranks share the experts of a layer.
+        `expert` ranks share the experts of a layer; mixers of the kinds in `recompute` are computed again.
 
         Attention over a selection is traced as attention over all earlier tokens by a fused kernel: the reference's
         masks [L, L] fit no accelerator at the lengths that are selected from (`prl.plan.memory` adds what a kernel
@@ -145,13 +158,13 @@ class Survey:
 
         def trace() -> tuple[int, list[Footprint], Footprint]:
             with without_data(self.device, self.dtype):
-                layers = [_traceable(self._layer(kind), expert) for kind in self.kinds]
+                layers = [_traceable(self._layer(kind), expert, recompute) for kind in self.kinds]
                 shared, each = layer_footprints(layers, lengths, hidden_size=self.hidden_size, granularity=granularity)
                 ends = copy.copy(self.model)
                 ends._modules = {**self.model._modules, "layers": nn.ModuleList()}
                 return shared, each, ends_footprint(ends, lengths, granularity=granularity)
 
-        return self._once((lengths, expert, granularity), trace)
+        return self._once((lengths, expert, recompute, granularity), trace)
 
     def head_footprint(self, rows: int, *, chunk: int, granularity: int = 512) -> Footprint:
         """Of the log-probabilities of `rows` tokens."""
@@ -211,15 +224,25 @@ def _kinds(model: nn.Module) -> tuple[Kind, ...]:
 
 
 def _kind(layer: nn.Module, indices: tuple[int, ...]) -> Kind:
-    mixers = [child for child in layer.children() if "Norm" not in type(child).__name__]
+    mixers = _mixers(layer)
     indexed = [m.indexer for m in layer.modules() if isinstance(m, MultiHeadLatentAttention) and m.indexer is not None]
     return Kind(
         name=" + ".join(_NAMES.get(type(mixer).__name__, type(mixer).__name__) for mixer in mixers),
         layers=indices,
         remembered=sum((remembered(mixer) for mixer in layer.modules()), Remembered()),
         routing=next((_routing(mixer) for mixer in mixers if isinstance(mixer, MixtureOfExperts)), None),
+        mixers=tuple(_name(mixer) for mixer in mixers),
         selects=max((indexer.top_k for indexer in indexed), default=0),
     )
+
+
+def _mixers(layer: nn.Module) -> list[nn.Module]:
+    return [child for child in layer.children() if "Norm" not in type(child).__name__]
+
+
+def _name(mixer: nn.Module) -> str:
+    """As `trainer.recompute` calls it; empty where it has no name there."""
+    return str(getattr(mixer, "kind", ""))
 
 
 _NAMES = {
@@ -285,9 +308,12 @@ class _Share(nn.Module):
         return outputs
 
 
-def _traceable(layer: nn.Module, expert: int) -> nn.Module:
-    """A copy of the layer, over the same parameters, without selection and with one rank's experts."""
+def _traceable(layer: nn.Module, expert: int, recompute: tuple[str, ...]) -> nn.Module:
+    """A copy of the layer, over the same parameters, without selection, with one rank's experts, with mixers of some
+    kinds computed again in the backward pass."""
     layer = copy.deepcopy(layer, {id(t): t for t in (*layer.parameters(), *layer.buffers())})
+    if isinstance(layer, Layer):
+        layer.recompute = frozenset(recompute)
     for module in list(layer.modules()):
         if isinstance(module, MultiHeadLatentAttention):
             module.indexer = None
