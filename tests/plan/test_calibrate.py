@@ -12,6 +12,8 @@ from prl.errors import RunError
 from prl.plan import calibrate, trial
 from prl.plan.calibrate import fit
 from prl.plan.trial import Trial
+from prl.rollout.tokenizer import vocab_size_of
+from prl.train.survey import as_trained
 
 CONFIG = Path(__file__).parents[2] / "configs" / "spell_backward.toml"
 LONG = ["trainer.micro_batch_tokens=1024", "rollouts.sequence_length=1024", "trainer.ranks=2", "trainer.context=2"]
@@ -55,7 +57,7 @@ def test_what_was_measured_becomes_a_file_that_a_config_extends(
     """A trainer stands in whose attention takes three times as long as products do."""
 
     def timed(given: Trial) -> list[dict[str, float]]:
-        surveyed = calibrate.surveyed(given.composition)
+        surveyed = as_trained(given.composition, vocab_size_of(given.composition))
         found = []
         for number, lengths in enumerate(given.steps):
             work = calibrate.operations(surveyed, tuple(lengths), given.sampled)

@@ -9,7 +9,6 @@ operation at all, as reading and writing, is counted with the products.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -18,11 +17,10 @@ import numpy as np
 from prl.compose.compose import Composition
 from prl.compose.config import CostsSection, Run
 from prl.errors import RunError
-from prl.providers import Model
-from prl.rollout import tokenizer
+from prl.rollout.tokenizer import vocab_size_of
 from prl.train.flops import Flops
 from prl.train.layout import layout_of
-from prl.train.survey import Survey, survey
+from prl.train.survey import Survey, as_trained
 
 REPEATS = 3
 """Steps of every length; the fastest counts."""
@@ -41,24 +39,13 @@ def steps(run: Run) -> list[tuple[int, ...]]:
 
 def measured(composition: Composition, sampled: float, seconds: Sequence[float]) -> CostsSection:
     """From the `seconds` of every one of `steps`; `sampled`, the share of tokens with logits."""
-    run = composition.run
-    model = surveyed(composition)
-    every = steps(run)
+    model = as_trained(composition, vocab_size_of(composition))
+    every = steps(composition.run)
     rows = [
         (operations(model, every[first], sampled), min(seconds[first : first + REPEATS]))
         for first in range(0, len(every), REPEATS)
     ]
     return fit([work for work, _ in rows], [least for _, least in rows])
-
-
-def surveyed(composition: Composition) -> Survey:
-    """The config's model, on its way through a GPU."""
-    run = composition.run
-    provider = composition.provider(run.model)
-    assert isinstance(provider, Model)
-    vocab_size = tokenizer.load(run.tokenizer, provider.special_tokens).vocab_size
-    build = functools.partial(composition.build, run.model, vocab_size)
-    return survey(build, device="cuda", dtype=composition.build(run.quantization).train_dtype)
 
 
 def operations(model: Survey, lengths: tuple[int, ...], sampled: float) -> Mapping[str, float]:

@@ -155,7 +155,7 @@ def study(composition: Composition, options: Options) -> Study:
     run = composition.run
     provider = composition.provider(run.model)
     assert isinstance(provider, Model)
-    vocab_size = _vocab_size(composition, provider)
+    vocab_size = _vocab_size(composition)
     number_format = composition.build(run.quantization)
     compute: torch.dtype = getattr(torch, options.compute)
     surveyed = survey(
@@ -190,14 +190,12 @@ def study(composition: Composition, options: Options) -> Study:
     )
 
 
-def _vocab_size(composition: Composition, provider: Model) -> int:
+def _vocab_size(composition: Composition) -> int:
     """Of the tokenizer where it exists; 0: the model's published one."""
-    from prl.rollout import tokenizer
+    from prl.rollout.tokenizer import vocab_size_of
 
-    section = composition.run.tokenizer
-    if section.file and not Path(section.file).exists():
-        return 0
-    return tokenizer.load(section, provider.special_tokens).vocab_size
+    file = composition.run.tokenizer.file
+    return 0 if file and not Path(file).exists() else vocab_size_of(composition)
 
 
 def fastest(outcomes: Sequence[Outcome]) -> Outcome | None:

@@ -22,8 +22,7 @@ from prl.dispatch.metrics import trainer_metrics
 from prl.dispatch.trainer import Trainer
 from prl.errors import RunError
 from prl.messages import Stop
-from prl.providers import Model
-from prl.rollout import tokenizer
+from prl.rollout.tokenizer import vocab_size_of
 from prl.run_dir import RunDir
 from prl.score.costs import Costs
 from prl.score.pack import pack
@@ -128,7 +127,7 @@ def _batch(trial: Trial, lengths: Sequence[int], number: int, costs: Costs) -> B
     """The batch of one step: rollouts whose beginning is given and whose rest the policy sampled."""
     run = trial.composition.run
     draw = np.random.default_rng((run.run.seed, number))
-    vocabulary = _vocab_size(trial.composition)
+    vocabulary = vocab_size_of(trial.composition)
     return pack(
         [_sample(draw, length, vocabulary, trial.sampled, number) for length in lengths],
         step=number + 1,
@@ -153,9 +152,3 @@ def _sample(draw: np.random.Generator, length: int, vocabulary: int, share: floa
         temperature=1.0,
         weights={"rl": weights},
     )
-
-
-def _vocab_size(composition: Composition) -> int:
-    provider = composition.provider(composition.run.model)
-    assert isinstance(provider, Model)
-    return tokenizer.load(composition.run.tokenizer, provider.special_tokens).vocab_size

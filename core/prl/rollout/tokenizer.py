@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prl.compose.config import TokenizerSection
 from prl.errors import UserError
-from prl.providers import Tokenizer
+from prl.providers import Model, Tokenizer
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """What an id without a text decodes to: a model may have more ids than its tokenizer."""
@@ -28,6 +31,13 @@ def load(section: TokenizerSection, special_tokens: Sequence[str]) -> Tokenizer:
     if section.file:
         return FileTokenizer(Path(section.file), special_tokens)
     return CharacterTokenizer(section.characters, special_tokens)
+
+
+def vocab_size_of(composition: Composition) -> int:
+    """Of a run's tokenizer, with the special tokens of its model."""
+    provider = composition.provider(composition.run.model)
+    assert isinstance(provider, Model)
+    return load(composition.run.tokenizer, provider.special_tokens).vocab_size
 
 
 class CharacterTokenizer:

@@ -8,9 +8,9 @@ torch and calls this.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from functools import singledispatch
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
@@ -28,6 +28,9 @@ from prl.score.costs import Costs
 from prl.train import flops
 from prl.train.flops import Flops, Packed
 from prl.train.trace import Footprint, LiveBytes, ends_footprint, head_footprint, layer_footprints, without_data
+
+if TYPE_CHECKING:
+    from prl.compose.compose import Composition
 
 _Answer = TypeVar("_Answer")
 
@@ -135,8 +138,12 @@ class Survey:
     def costs(self, longest: int, section: CostsSection) -> Costs:
         """Of training on a sequence of up to `longest` tokens: operations of every layer and of the head, in those of
         matrix products. UserError for a module with a matrix and no registered count."""
-        lengths = score_costs.points(longest)
-        return Costs(tuple(lengths), tuple(self._cost(length, section) for length in lengths))
+
+        def count() -> Costs:
+            lengths = score_costs.points(longest)
+            return Costs(tuple(lengths), tuple(self._cost(length, section) for length in lengths))
+
+        return self._once((longest, section), count)
 
     def _cost(self, length: int, section: CostsSection) -> float:
         kinds = zip(self.kinds, self.layer_flops((length,)), strict=True)
@@ -213,6 +220,13 @@ def survey(build: Callable[[], nn.Module], *, device: str, dtype: torch.dtype, f
     )
 
 
+def as_trained(composition: Composition, vocab_size: int) -> Survey:
+    """The model of a run as its trainer computes it on a GPU."""
+    run = composition.run
+    build = functools.partial(composition.build, run.model, vocab_size)
+    return survey(build, device="cuda", dtype=composition.build(run.quantization).train_dtype)
+
+
 def _kinds(model: nn.Module) -> tuple[Kind, ...]:
     alike: dict[tuple[Any, ...], list[int]] = {}
     layers = list(model.get_submodule("layers").children())
@@ -262,7 +276,7 @@ def _routing(module: MixtureOfExperts) -> Routing:
 
 
 # --- what mixers remember ---------------------------------------------------------------------------------------------
-@singledispatch
+@functools.singledispatch
 def remembered(module: nn.Module) -> Remembered:
     """Of one mixer, without its children; register a function for a mixer of your own that looks at other tokens."""
     return Remembered()

@@ -32,7 +32,7 @@ from prl.errors import PrlError, RunError, is_final
 from prl.freed_memory import keep_freed
 from prl.messages import Failed, Hello, Publish, Retire, Save, StepDone, Stop, TrainStep
 from prl.providers import Loss, Model, NumberFormat, WeightMap, WeightTransport
-from prl.rollout import tokenizer
+from prl.rollout.tokenizer import vocab_size_of
 from prl.run_dir import RunDir
 from prl.score.costs import Costs
 from prl.train import layers
@@ -44,7 +44,7 @@ from prl.train.routes import RouteReader
 from prl.train.saver import Saver
 from prl.train.step import Stepper, StepReport
 from prl.train.streams import StreamLoss
-from prl.train.survey import survey
+from prl.train.survey import as_trained
 from prl.train.throughput import Throughput
 from prl.train.tracing import traced
 from prl.types import STREAMS, Stream
@@ -179,7 +179,7 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
     """Model, optimizer, losses and transport of this rank, restored from a checkpoint where the run names one."""
     run = composition.run
     kernels.install(composition, ranks.device)
-    vocab_size = _vocab_size(composition)
+    vocab_size = vocab_size_of(composition)
     weight_map = composition.load(_model_provider(composition).weights)(run.model, vocab_size)
     number_format = composition.build(run.quantization)
     model = _build_model(composition, ranks, vocab_size, weight_map, number_format)
@@ -189,7 +189,8 @@ def build(composition: Composition, run_dir: RunDir, ranks: Ranks, connection: C
     )
     shares = Shares(model=model, weight_map=weight_map, rank=ranks.rank, ranks=ranks.world_size)
     version = state.load(Path(run.checkpoints.resume)) if run.checkpoints.resume else 0
-    throughput = _throughput(composition, ranks, vocab_size, number_format)
+    # Of a model without data, because parts of the real one may be elsewhere.
+    throughput = Throughput(survey=as_trained(composition, vocab_size), device=ranks.device)
     return TrainerRank(
         ranks=ranks,
         connection=connection,
@@ -227,11 +228,6 @@ def _model_provider(composition: Composition) -> Model:
     return provider
 
 
-def _vocab_size(composition: Composition) -> int:
-    special_tokens = _model_provider(composition).special_tokens
-    return tokenizer.load(composition.run.tokenizer, special_tokens).vocab_size
-
-
 def _build_model(
     composition: Composition, ranks: Ranks, vocab_size: int, weight_map: WeightMap, number_format: NumberFormat
 ) -> nn.Module:
@@ -249,13 +245,6 @@ def _build_model(
         model.to_empty(device=ranks.device)
         checkpoint.load(model, weight_map, Path(run.trainer.initial_weights), number_format=number_format)
     return model
-
-
-def _throughput(composition: Composition, ranks: Ranks, vocab_size: int, number_format: NumberFormat) -> Throughput:
-    """Counts by a model without data, because parts of the real one may be elsewhere."""
-    build = functools.partial(composition.build, composition.run.model, vocab_size)
-    surveyed = survey(build, device="cuda", dtype=number_format.train_dtype)
-    return Throughput(survey=surveyed, device=ranks.device)
 
 
 def _huggingface(run: Run, shares: Shares, number_format: NumberFormat) -> HuggingFaceExport:
