@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from prl import checkpoint_dir, network
+from prl import checkpoint_dir
 from prl.checkpoint_dir import CheckpointManifest
 from prl.compose import origin
 from prl.compose.compose import Composition, compose, create_run
 from prl.errors import CheckpointError, UserError
 from prl.providers import Engine, Model, WeightSender, WeightTransport
-from prl.rollout.tokenizer import load
+from prl.rollout.tokenizer import vocab_size_of
 from prl.run_dir import RunDir
-from prl.weights.engines import EngineContext
+from prl.weights import engines
+from prl.weights.engines import Duty
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,6 @@ async def _serve(composition: Composition, run_dir: RunDir, folder: Path, versio
     engine = cast(Engine, composition.provider(run.engine))
     transport = cast(WeightTransport, composition.provider(run.weights))
     sender: WeightSender = composition.load(transport.send)(run.weights, run_dir.path, 0)
-    receiver = composition.load(transport.receive)(run.weights, run_dir.path)
 
     async def announce(url: str) -> None:
         client = composition.load(engine.connect)(url, run_dir.token())
@@ -89,16 +89,8 @@ async def _serve(composition: Composition, run_dir: RunDir, folder: Path, versio
         sender.retire(version)
         tell(f"{composition.provider(run.model).name}@{version}", url, run_dir.path / "token")
 
-    context = EngineContext(
-        composition=composition,
-        run_dir=run_dir,
-        index=0,
-        host=run.engine.host or network.address(run),
-        token=run_dir.token(),
-        receiver=receiver,
-        announce=announce,
-    )
-    serving = asyncio.ensure_future(composition.load(engine.serve)(context))
+    duty = Duty(role="engine", number=0, engine=0)
+    serving = asyncio.ensure_future(engines.serve(composition, run_dir, duty, announce))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     try:
         await serving
@@ -106,7 +98,6 @@ async def _serve(composition: Composition, run_dir: RunDir, folder: Path, versio
         if not serving.cancelled():  # the user's interruption, and not SIGTERM's
             raise
     finally:
-        receiver.close()
         sender.close()
 
 
@@ -117,8 +108,7 @@ def _weights(composition: Composition, folder: Path) -> Iterator[tuple[str, Tens
 
     run, provider = composition.run, cast(Model, composition.provider(composition.run.model))
     form = Form.of_family(provider, composition.build(run.quantization))
-    vocab_size = load(run.tokenizer, provider.special_tokens).vocab_size
-    carried = tuple(composition.load(provider.weights)(run.model, vocab_size).carried)
+    carried = tuple(composition.load(provider.weights)(run.model, vocab_size_of(composition)).carried)
     for name, tensor in StoredTensors(folder / WEIGHTS).items():
         if not name.startswith(carried):
             yield from form.apply(name, tensor)

@@ -82,35 +82,41 @@ async def work(composition: Composition, run_dir: RunDir, duty: Duty) -> None:
 
 async def _serve(composition: Composition, run_dir: RunDir, duty: Duty, connection: AsyncConnection) -> None:
     """Run the provider's part; it only ends by failing, and ends the run where a restart would not mend it."""
-    run = composition.run
 
     async def announce(url: str) -> None:
         host = socket.gethostname()
         await connection.send(Hello(role=duty.role, index=duty.number, url=url, pid=os.getpid(), host=host))
 
     try:
-        serve = composition.load(duty.part(cast(Engine, composition.provider(run.engine))))
-        receive = composition.load(cast(WeightTransport, composition.provider(run.weights)).receive)
-        receiver: WeightReceiver = receive(run.weights, run_dir.path)
-        try:
-            await serve(
-                EngineContext(
-                    composition=composition,
-                    run_dir=run_dir,
-                    index=duty.engine,
-                    node=duty.node,
-                    host=run.engine.host or network.address(run),
-                    token=run_dir.token(),
-                    receiver=receiver,
-                    announce=announce,
-                )
-            )
-        finally:
-            receiver.close()
+        await serve(composition, run_dir, duty, announce)
         raise InfrastructureError(f"{duty.role} {duty.number} stopped serving by itself")
     except Exception as error:  # whatever it is, the controller must know before this process is gone
         await connection.send(Failed(error=_sentence(error), fatal=is_final(_first(error))))
         raise
+
+
+async def serve(
+    composition: Composition, run_dir: RunDir, duty: Duty, announce: Callable[[str], Awaitable[None]]
+) -> None:
+    """Run the provider's part until it ends or is cancelled; `announce` is told the URL at which an engine listens."""
+    run = composition.run
+    part = composition.load(duty.part(cast(Engine, composition.provider(run.engine))))
+    receive = composition.load(cast(WeightTransport, composition.provider(run.weights)).receive)
+    receiver: WeightReceiver = receive(run.weights, run_dir.path)
+    context = EngineContext(
+        composition=composition,
+        run_dir=run_dir,
+        index=duty.engine,
+        node=duty.node,
+        host=run.engine.host or network.address(run),
+        token=run_dir.token(),
+        receiver=receiver,
+        announce=announce,
+    )
+    try:
+        await part(context)
+    finally:
+        receiver.close()
 
 
 async def _stopped(connection: AsyncConnection) -> None:
