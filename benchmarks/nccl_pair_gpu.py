@@ -26,7 +26,8 @@ import torch
 from prl.compose.compose import compose, create_run
 from prl.errors import InfrastructureError
 from prl.run_dir import RunDir
-from prl_local.devices import VISIBLE, found
+from prl.supervise.devices import VISIBLE
+from prl_local.devices import found
 from prl_nccl import NcclConfig
 from prl_nccl.receiver import receive
 from prl_nccl.sender import send

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from itertools import islice
 
 import attrs
 from prl.compose.plan import Process
+from prl.supervise.devices import VISIBLE, ask, given, has_driver
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-_DRIVER = "nvidia-smi"
-_DRIVER_SECONDS = 60
+
+def placed(processes: Sequence[Process]) -> tuple[Process, ...]:
+    """With the devices of this machine, which is asked for them only where a process wants some."""
+    wanted = any(process.gpus for process in processes)
+    return divided(processes, found() if wanted else ())
 
 
 def divided(processes: Sequence[Process], devices: Sequence[str]) -> tuple[Process, ...]:
@@ -32,14 +33,8 @@ def divided(processes: Sequence[Process], devices: Sequence[str]) -> tuple[Proce
 def found() -> list[str]:
     """What this process sees, or else what the driver knows of; none without a driver."""
     if VISIBLE in os.environ:
-        return [device for device in os.environ[VISIBLE].split(",") if device]
-    if not shutil.which(_DRIVER):
+        return given()
+    if not has_driver():
         return []
-    listed = subprocess.run(
-        [_DRIVER, "--query-gpu=index", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        timeout=_DRIVER_SECONDS,
-        check=False,
-    )
+    listed = ask("--query-gpu=index", "--format=csv,noheader")
     return listed.stdout.split() if listed.returncode == 0 else []

@@ -64,7 +64,7 @@ class LocalLauncher:
     def render(self, plan: LaunchPlan) -> str:
         """One line per process: name, what it is given, environment and command."""
         lines = []
-        for process in devices.divided(plan.processes, devices.found()):
+        for process in devices.placed(plan.processes):
             environment = " ".join(f"{key}={value}" for key, value in process.env.items())
             cores = f"{process.cpus} cpu" + (f", {process.gpus} gpu" if process.gpus else "")
             lines.append(f"  {process.name:<14} {cores:<7} {environment} {shlex.join(process.argv)}")
@@ -75,7 +75,7 @@ class LocalLauncher:
 
     def launch(self, plan: LaunchPlan) -> int:
         """Run the processes of the plan; the exit code of the run."""
-        own = attrs.evolve(plan, processes=devices.divided(plan.processes, devices.found()))
+        own = attrs.evolve(plan, processes=devices.placed(plan.processes))
         return supervise(own, spawn, grace=self.grace)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from prl import network
 from prl.compose.compose import open_run
 from prl.errors import PrlError
 from prl.run_dir import RunDir, read_json
+from prl.supervise import devices as driver
 
 from prl_slurm import disk
 
@@ -34,8 +34,6 @@ _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 """After torch's own deadline, for it to say so."""
-_DRIVER = "nvidia-smi"
-_DRIVER_SECONDS = 60
 
 
 def main(run: Path, nonce: str, host: str, gpus: int, least_gb: float) -> None:
@@ -45,7 +43,7 @@ def main(run: Path, nonce: str, host: str, gpus: int, least_gb: float) -> None:
     seen = Orders(run, nonce)
     problems += seen.visible() or [*written(seen.data(host), report), *filter(None, [disk.shortage(run, least_gb)])]
     problems += devices(gpus)
-    report["devices"] = gpus if shutil.which(_DRIVER) else 0
+    report["devices"] = gpus if driver.has_driver() else 0
     try:
         address = network.address(open_run(RunDir(run)).run)
         listener = socket.create_server((address, 0))
@@ -110,29 +108,23 @@ def red(seen: Orders, host: str, hosts: Sequence[str]) -> dict[str, Any]:
 # --- devices ----------------------------------------------------------------------------------------------------------
 def devices(gpus: int) -> list[str]:
     """As many as the plan needs; where there is a driver to ask, one that answers and has counted no errors."""
-    given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    given = driver.given()
     if len(given) < gpus:
         return [f"has {len(given)} devices for this job, and the plan needs {gpus}"]
-    if not gpus or not shutil.which(_DRIVER):
+    if not gpus or not driver.has_driver():
         return []
     try:
         return unhealthy(given)
     except subprocess.TimeoutExpired:
-        return [f"{_DRIVER} did not answer within {_DRIVER_SECONDS} s"]
+        return [f"{driver.DRIVER} did not answer within {driver.DRIVER_SECONDS} s"]
 
 
 def unhealthy(given: Sequence[str]) -> list[str]:
     """Uncorrected memory errors since the driver was loaded: NVML counts them, and what it does not count is N/A."""
     query = ["--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(
-        [_DRIVER, f"--id={','.join(given)}", *query],
-        capture_output=True,
-        text=True,
-        timeout=_DRIVER_SECONDS,
-        check=False,
-    )
+    done = driver.ask(f"--id={','.join(given)}", *query)
     if done.returncode:
-        return [f"{_DRIVER}: {done.stdout.strip() or done.stderr.strip()}"]
+        return [f"{driver.DRIVER}: {done.stdout.strip() or done.stderr.strip()}"]
     rows = [[word.strip() for word in row] for row in csv.reader(done.stdout.splitlines())]
     return [
         f"device {row[0]} has {row[1]} uncorrected memory errors (ECC)"
