@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import attrs
-
 from prl.dispatch.engines import Attempt, Engine, EnginePool
 from prl.dispatch.environments import EnvironmentPool
 from prl.dispatch.feed import Issue
@@ -56,9 +54,8 @@ class Placement:
             async with attempt.deadline:
                 engine = await self._engines.choose()
                 with _loaded(engine, attempt):
-                    group = await self._environments.run(
-                        attrs.evolve(_request(issue, attempt, engine, sampling, version), carried=carried)
-                    )
+                    request = _request(issue, attempt, engine, sampling, version, carried)
+                    group = await self._environments.run(request)
         except TimeoutError as error:
             reason = attempt.cut_reason or "timeout"
             sentence = f"group {issue.group_id} was cut ({reason})"
@@ -96,7 +93,9 @@ def _loaded(engine: Engine, attempt: Attempt) -> Iterator[None]:
         engine.attempts.remove(attempt)
 
 
-def _request(issue: Issue, attempt: Attempt, engine: Engine, sampling: Sampling, version: int) -> RunGroup:
+def _request(
+    issue: Issue, attempt: Attempt, engine: Engine, sampling: Sampling, version: int, carried: Carried | None
+) -> RunGroup:
     return RunGroup(
         request=0,
         group_id=issue.group_id,
@@ -106,4 +105,5 @@ def _request(issue: Issue, attempt: Attempt, engine: Engine, sampling: Sampling,
         sampling=sampling,
         engine=engine.url,
         version=version,
+        carried=carried,
     )
