@@ -17,11 +17,12 @@ import pytest
 from prl import checkpoint_dir
 from prl.checkpoint_dir import CheckpointManifest
 from prl.cli import main, resume
+from prl.cli.runs import alive
 from prl.compose.compose import compose, open_run
 from prl.compose.origin import identity
 from prl.compose.resume import resume as prepare
 from prl.errors import UserError
-from prl.run_dir import RunDir, read_json
+from prl.run_dir import SUPERVISOR, RunDir, read_json
 
 Throwaway = Callable[..., Path]
 
@@ -232,6 +233,20 @@ def test_a_run_that_lives_is_refused_whatever_its_state_says(run_dir, living, ca
         run_dir.write_json(run_dir.state, {"status": status})
         sentence = refused(capsys, run_dir.path, "resume", code=2)
         assert f"is still going: engine-0 (pid {living} on {socket.gethostname()}); `prl stop` ends it\n" in sentence
+
+
+@pytest.mark.parametrize(
+    ("word", "lives"), [("prl", True), ("/envs/prl/bin/prl", True), ("/src/prl/bin/pytest", False)]
+)
+def test_a_launcher_is_known_by_its_program_not_by_the_folder_it_lies_in(run_dir, word, lives):
+    script = "import sys; print(flush=True); sys.stdin.read()"
+    command = ["launcher", "-c", script, word]
+    with subprocess.Popen(command, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        launcher = {"role": SUPERVISOR, "index": 0, "pid": process.pid, "host": socket.gethostname()}
+        assert alive(launcher, run_dir) is lives
+        process.kill()
 
 
 def test_what_another_host_does_is_believed_once_the_run_has_ended(run_dir):

@@ -96,8 +96,12 @@ def alive(process: Mapping[str, Any], run_dir: RunDir) -> bool:
         return True
     command = Path(f"/proc/{process['pid']}/cmdline")
     if command.parent.parent.joinpath("self").exists():
-        named = b"prl" if process.get("role") == SUPERVISOR else str(run_dir.path).encode()
-        return command.exists() and named in command.read_bytes()
+        if not command.exists():
+            return False
+        words = command.read_bytes()
+        if process.get("role") == SUPERVISOR:  # a program or module of prl's, not any program in a folder of that name
+            return any(os.path.basename(word).startswith(b"prl") for word in words.split(b"\0"))
+        return str(run_dir.path).encode() in words
     try:
         os.kill(process["pid"], 0)
     except ProcessLookupError:
