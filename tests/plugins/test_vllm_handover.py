@@ -7,7 +7,6 @@ the other one plain server does everything. Both have the same weights.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -186,11 +185,75 @@ def test_after_an_update_running_sequences_add_nothing_to_the_tiers(job: Job, ve
 
 
 # --- weights change and engines are lost ------------------------------------------------------------------------------
-@pytest.mark.skipif(
-    not os.environ.get("PRL_TEST_UPDATES_AMID_HAND_OVERS"),
-    reason="on a loaded machine vLLM may hold a prompt that nobody fetched, and with it the update, for 2 x patience "
-    "(docs/vllm.md); set PRL_TEST_UPDATES_AMID_HAND_OVERS=1 to run it",
-)
+async def until(served: Served, name: str, least: float) -> None:
+    """Until a statistic is as large."""
+    async with asyncio.timeout(60):
+        while (await served.client.statistics())[name] < least:
+            await asyncio.sleep(0.01)
+
+
+async def until_nothing_is_kept(engine: Served) -> None:
+    async with asyncio.timeout(60):
+        while (await engine.client.statistics())["kv_usage"]:
+            await asyncio.sleep(0.01)
+
+
+def asked(engine: Served, prompt: list[int]) -> asyncio.Task[list[Completion]]:
+    sampling = Sampling(temperature=0.0, max_tokens=12)
+    return asyncio.create_task(engine.client.generate(prompt, sampling, stop=[], routes_from=0))
+
+
+def test_an_update_waits_for_no_prompt_that_another_engine_has_to_fetch(job: Job, version: int) -> None:
+    """It is fetched afterwards, by an engine that still serves what computed it."""
+    (prompt,) = job.plain.prompts(300, seed=20)
+    expected = greedy(job.plain, prompt)
+    before = job.decode.statistics()["handed_tokens"]
+    job.decode.trainer.change(seed=21)
+    manifest = job.decode.trainer.send(version + 1)
+
+    async def test() -> list[Completion]:
+        await job.decode.post("/pause")
+        completions = asked(job.decode, prompt)
+        await until(job.prefill, "kv_usage", 0.1)
+        await job.prefill.serve(manifest)
+        assert (await job.prefill.client.statistics())["kv_usage"] > 0.1
+        await job.decode.post("/resume")
+        return await completions
+
+    (completion,) = job.decode.run(test())
+    assert_same(completion, expected)
+    assert job.decode.statistics()["handed_tokens"] - before == 300
+    job.decode.run(until_nothing_is_kept(job.prefill))
+    job.decode.run(job.decode.serve(manifest))
+    job.plain.publish(version + 1, seed=21)
+
+
+@pytest.mark.parametrize("updated", ["prefill", "decode"])
+def test_a_prompt_of_weights_that_one_engine_serves_no_more_is_let_go(job: Job, version: int, updated: str) -> None:
+    (prompt,) = job.plain.prompts(300, seed=22)
+    old, new = (job.prefill, job.decode) if updated == "decode" else (job.decode, job.prefill)
+    before, busy = job.decode.statistics()["handed_tokens"], job.prefill.statistics()["busy_seconds"]
+    job.decode.trainer.change(seed=23)
+    manifest = job.decode.trainer.send(version + 1)
+
+    async def test() -> list[Completion]:
+        await job.prefill.post("/pause")
+        completions = asked(job.decode, prompt)
+        await until(job.prefill, "busy_seconds", busy + 0.001)  # it has let the prompt in
+        await new.serve(manifest)
+        await job.prefill.post("/resume")
+        return await completions
+
+    expected = {version: greedy(job.plain, prompt)}
+    job.plain.publish(version + 1, seed=23)
+    expected[version + 1] = greedy(job.plain, prompt)
+    (completion,) = job.decode.run(test())
+    assert_same(completion, expected[version + (updated == "decode")])
+    assert job.decode.statistics()["handed_tokens"] == before
+    job.decode.run(until_nothing_is_kept(job.prefill))
+    job.decode.run(old.serve(manifest))
+
+
 def test_no_hand_over_mixes_versions_and_no_request_is_lost(job: Job, version: int) -> None:
     async def test() -> list[Completion]:
         prompts = job.decode.prompts(*[60 + 9 * i for i in range(10)], seed=9)
