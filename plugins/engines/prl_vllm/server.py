@@ -65,7 +65,8 @@ async def serve(context: EngineContext) -> None:
         app.add_routes([web.get("/weights/checksums", _checksums(engine))])
         computes_prompts = config.kind_of(context.index) == "prefill"
         if computes_prompts:
-            app.add_routes([web.post(handover.PATH, handover.PrefillEndpoint(engine).prefill)])
+            prompts = handover.PrefillEndpoint(engine)
+            app.add_routes([web.post(handover.PATH, prompts.prefill), web.post(handover.RELEASE, prompts.release)])
         async with asyncio.TaskGroup() as tasks:
             for end in ends:
                 tasks.create_task(end())
