@@ -32,6 +32,7 @@ def dispatch(x: Tensor, weights: Tensor, chosen: Tensor, experts: nn.Module, run
     """As `prl.blocks.moe.dispatch`."""
     if run.group is None:
         return seam.reference(x, weights, chosen, experts, run, count)
-    arrived, counts, state = deepep.send(x, weights, chosen, run.group, count)
-    outputs: Any = experts(arrived, counts.cumsum(0).int())
-    return deepep.back(outputs, state).to(x.dtype)
+    deepep.check(x)
+    rows, counts, arrived = deepep.send(x, weights, chosen, run.group, count)
+    outputs: Any = experts(rows, counts.cumsum(0).int())
+    return deepep.back(outputs, arrived).to(x.dtype)
