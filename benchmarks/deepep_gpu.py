@@ -1,8 +1,7 @@
 """Tokens to experts on two GPUs: the plugin `deepep` beside the all-to-all.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.deepep_gpu --out DIR      two Hopper GPUs, DeepEP 2
-    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.deepep_gpu --out DIR --smoke    two CPUs, tiny, with
-                                                                       the tests' stand-in for DeepEP
+    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.deepep_gpu --out DIR     two Hopper GPUs, DeepEP 2
+    ... --smoke                                      two CPUs, tiny sizes, with the stand-in for DeepEP of the tests
 
 From the root of a checkout with torch, torchtitan, numpy, attrs and pluggy. Parts (--only), each written to
 DIR/PART.json as it goes:
@@ -10,8 +9,8 @@ DIR/PART.json as it goes:
     links    what the GPUs' link carries: an all-reduce and an all-to-all of a gigabyte
     values   a mixture's outputs and gradients by both, beside the same in float32; the exit code is 1 when the two ways
              are further apart than BOUND
-    speed    forward and backward at GLM-5's width, top-8 of 64 experts: the exchange alone (experts that do nothing) and
-             the whole layer; also with torchtitan's functions around the same kernels, whose copies and sums are others
+    speed    forward and backward at GLM-5's width, top-8 of 64 experts: the exchange alone (experts that do nothing)
+             and the whole layer; also with torchtitan's functions around the same kernels, which copy and sum otherwise
     kernels  the kernels that take longest in the exchange alone
     sms      the exchange alone, by processors that DeepEP is given
     steps    a toy mixture's gradients and training steps by both, on meshes that divide its experts, with and without
