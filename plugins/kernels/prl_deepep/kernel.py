@@ -1,7 +1,7 @@
 """The dispatch by DeepEP, where experts are divided over ranks; where they are not, the reference's.
 
-Weights are applied where the experts are, and what they make of a token is summed in bfloat16 before it travels back:
-sums are the reference's to bfloat16's precision.
+Weights are applied where the experts are, in bfloat16, and what the experts of one rank make of a token is summed and
+rounded before it travels back: sums are the reference's to bfloat16's precision.
 """
 
 from __future__ import annotations
