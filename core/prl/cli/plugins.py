@@ -128,7 +128,6 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
     from prl.compose.checks import unavailable
 
     provider = record.provider
-    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type in ("Ref", "Ref | None")}
     return {
         "kind": record.kind,
         "name": provider.name,
@@ -137,8 +136,7 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
         "replaces": provider.replaces,
         "imports": {
             part: {"by": IMPORTED_BY[record.kind, part], "reference": reference}
-            for part, reference in parts.items()
-            if reference is not None
+            for part, reference in provider.parts().items()
         },
         "fields": list(_fields(provider.config)),
     }

@@ -208,7 +208,7 @@ def config_table(composition: Composition) -> dict[str, Any]:
 
 
 def create_run(composition: Composition, source: Path, run_dir: RunDir | None = None) -> RunDir:
-    """Make the run directory with everything a worker needs; UserError when it already holds a run or cannot be made."""
+    """Make the run directory with everything a worker needs; UserError where one is already, or none can be."""
     run_dir = run_dir or planned_run_dir(composition, source)
     another = "name another directory (--set run.dir=...)"
     try:
