@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -121,7 +122,7 @@ def mixture(sizes: Sizes, experts: nn.Module | None = None) -> MixtureOfExperts:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.02)
     torch.manual_seed(0)
-    nn.init.normal_(made.gate.weight, std=1.0)  # all ranks'
+    nn.init.normal_(made.gate.weight, std=sizes.hidden**-0.5)  # all ranks'
     made.run_experts = AllToAll(group=dist.group.WORLD, count=dist.get_world_size())  # type: ignore[arg-type]
     return made
 
@@ -139,8 +140,8 @@ def wait() -> None:
 
 
 def over(values: float, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> float:
-    """Of all ranks."""
-    tensor = torch.tensor(float(values), dtype=torch.float64, device=DEVICE)
+    """Of all ranks; infinity where one has no number, which a maximum would pass over."""
+    tensor = torch.tensor(math.inf if math.isnan(values) else values, dtype=torch.float64, device=DEVICE)
     dist.all_reduce(tensor, operation)
     return tensor.item()
 
@@ -366,6 +367,7 @@ def main() -> int:
         PARTS[name](job)
         failed |= job.failed
     dist.barrier()
+    deepep.close()
     dist.destroy_process_group()
     return int(failed)
 

@@ -132,6 +132,13 @@ def back(outputs: Tensor, arrived: Arrived) -> Tensor:
     return combined
 
 
+def close() -> None:
+    """Give the buffers back; every rank must, before its process groups end."""
+    for buffer, _ in _buffers.values():
+        buffer.destroy()
+    _buffers.clear()
+
+
 def _buffer(group: ProcessGroup, width: int, choices: int, most: int) -> tuple[Any, int]:
     """DeepEP's buffer, and the tokens of a rank it has room for, on all ranks alike: kernels are compiled for each
     room, so the largest so far does for fewer tokens.

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from prl.blocks.moe import MixtureOfExperts
 from prl.errors import UserError
 from prl.train.layout import Layout
+from prl.train.parallel import deepep
 from prl.train.parallel.context import ContextGroup
 from prl.train.parallel.experts import AllToAll
 from prl.train.parallel.titan import Meshes
@@ -115,6 +116,7 @@ class Ranks:
     def leave(self) -> None:
         """Leave the process group."""
         if self.meshes is not None:
+            deepep.close()
             dist.destroy_process_group()
 
 
