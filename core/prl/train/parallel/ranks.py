@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, Shard
 from prl.blocks.moe import MixtureOfExperts
 from prl.errors import UserError
 from prl.train.layout import Layout
-from prl.train.parallel import deepep
 from prl.train.parallel.context import ContextGroup
 from prl.train.parallel.experts import AllToAll
 from prl.train.parallel.titan import Meshes
@@ -116,7 +115,6 @@ class Ranks:
     def leave(self) -> None:
         """Leave the process group."""
         if self.meshes is not None:
-            deepep.close()
             dist.destroy_process_group()
 
 
