@@ -46,9 +46,9 @@ def _changing(change: Callable[..., None]) -> Callable[..., None]:
 
 
 def _despite_readers(reset: Callable[..., bool]) -> Callable[..., bool]:
-    def reset_prefix_cache(self: Any, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+    def reset_prefix_cache(self: Any, *args: Any, **kwargs: Any) -> bool:
         try:
-            return reset(self, reset_running_requests, reset_connector)
+            return reset(self, *args, **kwargs)
         except RuntimeError:  # every request was stopped, but blocks are kept for others, or being fetched
             begin_anew(self, list(_own(self)))
             return True
