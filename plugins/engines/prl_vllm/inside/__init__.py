@@ -12,8 +12,6 @@ SWITCH = "PRL_VLLM"
 """Environment variable: `1` in every process of a server that serves a run."""
 ROUTES = "PRL_VLLM_ROUTES"
 """Environment variable: `1` where the run replays routes."""
-TIERS = "PRL_VLLM_TIERS"
-"""Environment variable: `1` where there are tiers behind the KV cache."""
 HANDOVER = "PRL_VLLM_HANDOVER"
 """Environment variable: `1` where engines hand prompts to each other."""
 ROUTE_BYTES = "prl_route_bytes"
@@ -30,13 +28,10 @@ def register() -> None:
         return
     from vllm.platforms import current_platform
 
-    from prl_vllm.inside import lifetime
+    from prl_vllm.inside import lifetime, unfinished
 
     lifetime.end_with_parent()
-    if os.environ.get(TIERS) == "1":
-        from prl_vllm.inside import stores
-
-        stores.install()
+    unfinished.install()
     if os.environ.get(HANDOVER) == "1":
         from prl_vllm.inside import kept
 
