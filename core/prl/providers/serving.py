@@ -115,8 +115,8 @@ class WeightReceiver(Protocol):
         """Every tensor of every part, verified; InfrastructureError names the tensor whose checksum differs.
 
         A manifest may lack tensors that were sent (`Manifest.only`): no byte of theirs need be read or moved. Each
-        comes where the transport has it, in host memory or on this thread's device. Whoever wants it elsewhere copies it, and
-        does so before taking the next, for all of them may not fit there.
+        comes where the transport has it, in host memory or on this thread's device. Whoever wants it elsewhere copies
+        it, and does so before taking the next, for all of them may not fit there.
         """
 
     def close(self) -> None: ...

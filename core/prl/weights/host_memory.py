@@ -1,7 +1,7 @@
 """Room for a version's tensors in host memory, pinned where a GPU copies them: at the speed of the bus, then.
 
-Pinning takes longer than copying, so memory that is given up is used again: torch keeps pinned blocks, in sizes that are
-powers of two. Hence segments of such sizes; only a tensor larger than a segment may waste some.
+Pinning takes longer than copying, so memory that is given up is used again: torch keeps pinned blocks, in sizes that
+are powers of two. Hence segments of such sizes; only a tensor larger than a segment may waste some.
 """
 
 from __future__ import annotations

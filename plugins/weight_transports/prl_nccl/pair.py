@@ -84,7 +84,8 @@ class Pair:
         """
         with self.on_stream():
             slots = [
-                torch.empty(GRID, dtype=torch.uint8, device=self.device) for _ in range(SLOTS if self.stream else 0)
+                torch.empty(GRID, dtype=torch.uint8, device=self.device)
+                for _ in range(SLOTS * (self.stream is not None))
             ]
             works: deque[Any] = deque()
             for index, span in enumerate(spans):
@@ -97,7 +98,10 @@ class Pair:
                 self.wait(work, deadline)
 
     def post(self, start: int, end: int) -> tuple[Tensor, list[Any]]:
-        """Ask for what the other side pushes next, bytes [start, end) of its memory: where they arrive, and the works."""
+        """Ask for what the other side pushes next, bytes [start, end) of its memory.
+
+        Where they arrive [end - start] uint8, and what is to be waited for.
+        """
         with self.on_stream():
             content = torch.empty(end - start, dtype=torch.uint8, device=self.device)
             works = [
