@@ -21,8 +21,8 @@ BLOCK = 64
 """Bytes that one step makes into a state."""
 STATE = 4
 """Bytes of a state."""
-LOT = 32 << 20
-"""Bytes that are looked up together: what lies beside them meanwhile is about ten times as much."""
+LOT = 16 << 20
+"""Bytes that are looked up together: eight times as much lies beside them meanwhile."""
 _POLYNOMIAL = 0xEDB88320  # reflected: bit 31 is x^0
 _ONE = 1 << 31
 
@@ -88,12 +88,12 @@ def _filled(rows: Tensor, multiple: int) -> Tensor:
 def _step(blocks: Tensor, covered: int) -> Tensor:
     """[N] int32 states of blocks [N, 64] uint8: of 64 bytes, or of 16 states that each cover so many bytes."""
     tables, places = _on_device(covered, str(blocks.device))
-    found = tables.index_select(0, (blocks.int() + places).view(-1)).view(-1, BLOCK)
+    found = tables.index_select(0, blocks.int().add_(places).view(-1)).view(-1, BLOCK)
     width = BLOCK
     while width > 1:
         width //= 2
-        found = found[:, :width] ^ found[:, width:]
-    return found[:, 0]
+        found[:, :width].bitwise_xor_(found[:, width : 2 * width])
+    return found[:, 0].contiguous()
 
 
 def _advanced(states: Tensor, nbytes: int) -> Tensor:
