@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,17 +28,40 @@ _POLYNOMIAL = 0xEDB88320  # reflected: bit 31 is x^0
 _ONE = 1 << 31
 
 
-def of_tensors(tensors: Sequence[Tensor]) -> Tensor:
-    """[len(tensors)] int64, zlib.crc32 of the bytes of each, row-major; all are on one device, and so is the result."""
-    seen = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device if tensors else "cpu")
+@attrs.frozen(eq=False)
+class Begun:
+    """Checksums that a device is computing."""
+
+    lots: Sequence[tuple[Sequence[int], Tensor]]
+    """Places of tensors among those that were given, and their checksums [places] int64 on the device."""
+
+    def result(self) -> list[int]:
+        """In the order in which the tensors were given."""
+        found = {
+            index: checksum
+            for indices, sums in self.lots
+            for index, checksum in zip(indices, sums.tolist(), strict=True)
+        }
+        return [found[index] for index in range(len(found))]
+
+
+def of_tensors(tensors: Sequence[Tensor]) -> list[int]:
+    """zlib.crc32 of the bytes of each tensor, row-major; all are on one device."""
+    return begin(tensors).result()
+
+
+def begin(tensors: Sequence[Tensor]) -> Begun:
+    """The same, without waiting for the device, on its current stream."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         by_size[tensor.nbytes].append(index)
-    for nbytes, indices in by_size.items():
-        for lot in _lots(indices, max(1, LOT // max(nbytes, 1))):
-            contents = [_bytes(tensors[index]) for index in lot]
-            seen[torch.tensor(lot, device=seen.device)] = _of_equal_lengths(contents, nbytes)
-    return seen
+    return Begun(
+        [
+            (lot, _of_equal_lengths([_bytes(tensors[index]) for index in lot], nbytes))
+            for nbytes, indices in by_size.items()
+            for lot in _lots(indices, max(1, LOT // max(nbytes, 1)))
+        ]
+    )
 
 
 def _lots(indices: Sequence[int], count: int) -> Iterable[Sequence[int]]:

@@ -115,8 +115,7 @@ class _Leaving:
         self._stream: torch.cuda.Stream | None = None
         self._lot: list[tuple[int, Tensor, Tensor]] = []
         self._bytes = 0
-        self._done: list[tuple[list[int], Tensor]] = []
-        """Indices, and their checksums [indices] int64 on the device."""
+        self._done: list[tuple[list[int], crc.Begun]] = []
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def add(self, index: int, tensor: Tensor, room: Tensor) -> None:
@@ -132,11 +131,11 @@ class _Leaving:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._done.append(([index for index, *_ in lot], crc.begin(tensors)))
         with torch.cuda.stream(self._stream):
             for _, tensor, room in lot:
                 room.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
                 tensor.record_stream(self._stream)
-            self._done.append(([index for index, *_ in lot], crc.of_tensors(tensors)))
             self._under_way.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
             self._under_way[-1].record()
         if len(self._under_way) > 2:
@@ -151,5 +150,5 @@ class _Leaving:
         return {
             index: checksum
             for indices, checksums in self._done
-            for index, checksum in zip(indices, checksums.tolist(), strict=True)
+            for index, checksum in zip(indices, checksums.result(), strict=True)
         }
