@@ -1,6 +1,6 @@
 """What an update costs by transport, without a run: a trainer's rank on one GPU, an engine's worker on another.
 
-    python -m benchmarks.weight_transports_gpu --out DIR             8.3 GB on two GPUs, four minutes
+    python -m benchmarks.weight_transports_gpu --out DIR             8.3 GB on two GPUs, two minutes
     python -m benchmarks.weight_transports_gpu --out DIR --gb 0.02   on a CPU
 
 The rank sends versions of a mixture of experts in bfloat16; the worker prepares them by the code of vLLM's worker, for
@@ -38,7 +38,7 @@ from prl.weights import crc
 from prl.weights.host_memory import HostMemory
 from prl.weights.tensors import tensor_bytes
 from prl_local.devices import found
-from prl_nccl import NcclConfig, receiver, sender
+from prl_nccl import NcclConfig, pair, receiver, sender
 from prl_nccl.pair import device_here
 from prl_shared_memory import SharedMemoryConfig, segments
 from prl_vllm.inside.worker import Source, Staged, fetch
@@ -49,7 +49,10 @@ from benchmarks.vllm_gpu import ROOT
 HIDDEN, FEED, EXPERTS, VOCABULARY = 2048, 1024, 32, 151_936
 LAYERS = 16
 GIGABYTES = 8.3
-VERSIONS = 4
+VERSIONS = {"nccl": 4, "shared_memory": 2}
+"""The first two of `nccl` find no memory pinned yet."""
+KILLED_AFTER = 0.15
+"""Seconds after which the rank goes."""
 CONFIGS: dict[str, WeightTransportConfig] = {"nccl": NcclConfig(deadline=25.0), "shared_memory": SharedMemoryConfig()}
 MODULES: dict[str, Any] = {"nccl": (sender, receiver), "shared_memory": (segments, segments)}
 
@@ -99,8 +102,12 @@ class Rank:
         (self.run / f"{transport}-{version}").write_bytes(pickle.dumps(manifest))
         return {"write": seconds, "bytes": manifest.nbytes, "tensors": len(manifest.tensors)}
 
-    def retire(self, transport: str) -> dict[str, Any]:
-        self.senders.pop(transport).close()
+    def retire(self, transport: str, version: int) -> dict[str, Any]:
+        self.senders[transport].retire(version)
+        return {}
+
+    def channels(self, count: int) -> dict[str, Any]:
+        pair.CHANNELS = count
         return {}
 
     def memory(self) -> dict[str, Any]:
@@ -131,7 +138,7 @@ class Worker:
         fetch(staged, Source(self.receivers[transport], staging == "device"), manifest, device_here())
         prepared = time.perf_counter()
         if staged.error:
-            return {"error": staged.error}
+            return {"error": staged.error, "seconds": prepared - started}
         tensors = staged.on_device or staged.tensors or {}
         synchronize()
         begun = time.perf_counter()
@@ -149,11 +156,6 @@ class Worker:
             "right": served == [record.checksum for record in manifest.tensors],
         }
 
-    def forget(self, transport: str) -> dict[str, Any]:
-        if transport in self.receivers:
-            self.receivers.pop(transport).close()
-        return {}
-
     def memory(self) -> dict[str, Any]:
         return memory()
 
@@ -161,7 +163,7 @@ class Worker:
         """Joining the rank and moving the bytes, without looking at them; what a group takes of the device."""
         manifest = self.manifest("nccl", version)
         made = receiver.receive(CONFIGS["nccl"], self.run)
-        before = memory()
+        before = memory()["besides"]
         (part,) = manifest.parts
         rounds = []
         for _ in range(2):
@@ -180,9 +182,13 @@ class Worker:
             moved = time.perf_counter()
             made._keep(link)
             rounds.append({"join": joined - started, "move": moved - joined})
-        after = memory()
+        after = memory()["besides"]
         made.close()
-        return {"rounds": rounds, "device_memory_of_a_group": before["free"] - after["free"]}
+        return {"rounds": rounds, "device_memory_of_a_group": after - before}
+
+    def channels(self, count: int) -> dict[str, Any]:
+        pair.CHANNELS = count
+        return {}
 
     def joins(self, version: int, count: int = 3) -> dict[str, Any]:
         """Seconds of making one group and ending it."""
@@ -204,9 +210,8 @@ class Worker:
         figures: dict[str, Any] = {"gigabytes": gigabytes}
         if torch.cuda.is_available():
             figures["checksums_on_device"] = [timed(lambda: crc.of_tensors(tensors)) for _ in range(3)]
-            room = [HostMemory(pinned=True) for _ in range(2)]
-            figures["to_pinned"] = [timed(partial(kept, memory, tensors)) for memory in room]
-            copies = kept(room[1], tensors[:64])
+            figures["to_pinned"] = timed(partial(kept, HostMemory(pinned=True), tensors))
+            copies = kept(HostMemory(pinned=True), tensors[:64])
             agree = crc.of_tensors(tensors[:64]) == [zlib.crc32(tensor_bytes(copy)) for copy in copies]
             figures["checksums_of_device_and_host_agree"] = agree
             figures["from_pinned_64_tensors"] = {
@@ -219,30 +224,6 @@ class Worker:
         mapped = dict(receive.fetch(shared))
         figures["shared_memory_to_device"] = timed(lambda: [t.to(device_here()) for t in mapped.values()])
         return figures
-
-    def lookups(self) -> dict[str, Any]:
-        """Ways to look up 256 MB in the tables of checksums, in GB/s."""
-        device = device_here()
-        content = torch.randint(
-            0, 256, (64 << 20 if device.type == "cuda" else 1 << 20,), dtype=torch.uint8, device=device
-        )
-        tables, places = crc._on_device(0, str(device))
-        indices = (content.view(-1, crc.BLOCK).int() + places).view(-1)
-        wide = indices.long()
-        ways: dict[str, Callable[[], Any]] = {
-            "index_select": lambda: tables.index_select(0, indices),
-            "index": lambda: tables[indices],
-            "index_long": lambda: tables[wide],
-            "take_long": lambda: tables.take(wide),
-            "gather_long": lambda: tables.gather(0, wide),
-            "indices": lambda: content.view(-1, crc.BLOCK).int() + places,
-            "whole": lambda: crc.of_tensors([content]),
-        }
-        speeds = {}
-        for name, way in ways.items():
-            timed(way)
-            speeds[name] = len(content) / min(timed(way) for _ in range(3)) / 1e9
-        return speeds
 
 
 def waited(link: Any, posted: tuple[Tensor, list[Any]], deadline: float) -> None:
@@ -274,9 +255,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 def memory() -> dict[str, Any]:
     if not torch.cuda.is_available():
-        return {"free": 0}
+        return {"besides": 0}
     free, total = torch.cuda.mem_get_info()
-    return {"free": free, "total": total, "torch": torch.cuda.memory_reserved()}
+    return {"free": free, "besides": total - free - torch.cuda.memory_reserved()}
 
 
 def physical() -> dict[str, Any]:
@@ -345,10 +326,13 @@ class Side:
                 return said
         return {"error": f"ended with exit code {self._process.wait()}"}
 
-    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+    def begin(self, do: str, **what: Any) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
         self._process.stdin.flush()
+
+    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+        self.begin(do, **what)
         return self.heard()
 
     def end(self) -> None:
@@ -373,27 +357,42 @@ def measure(run: Path, gigabytes: float, report: Report) -> None:
     first, second = (*found(), "", "")[:2] if len(found()) != 1 else (found()[0],) * 2
     rank, worker = (Side(side, run, gigabytes, device) for side, device in (("rank", first), ("worker", second)))
     try:
+        report.add("physical", physical())  # while the two start
         for side in (rank, worker):
             side.heard()
-        report.add("lookups", worker.ask("lookups"))
-        for transport in CONFIGS:
-            report.add(
-                f"{transport}/write", [rank.ask("send", transport=transport, version=v) for v in range(VERSIONS)]
-            )
-            version = VERSIONS - 1
-            for staging, part in (("host", "all"), ("device", "all"), ("device", "half")):
-                worker.ask("forget", transport=transport)
-                question = {"transport": transport, "version": version, "staging": staging, "part": part}
-                report.add(f"{transport}/{staging}/{part}", [worker.ask("update", **question) for _ in range(3)])
-            if transport == "nccl":
-                report.add("nccl/joins", worker.ask("joins", version=version))
-                report.add("nccl/parts", worker.ask("nccl_parts", version=version))
-                report.add("memory", {"rank": rank.ask("memory"), "worker": worker.ask("memory")})
-        report.add("parts", worker.ask("local_parts", version=VERSIONS - 1))
+        for transport, versions in VERSIONS.items():
+            updates(rank, worker, transport, versions, report)
+        report.add("parts", worker.ask("local_parts", version=VERSIONS["shared_memory"] - 1))
+        version = VERSIONS["nccl"] - 1
+        nccl_parts(rank, worker, version, report)
+        worker.begin("update", transport="nccl", version=version, staging="device", part="all")
+        time.sleep(KILLED_AFTER)
+        rank.end()
+        report.add("nccl/rank killed", worker.heard())
     finally:
         rank.end()
         worker.end()
-    report.add("physical", physical())
+
+
+def updates(rank: Side, worker: Side, transport: str, versions: int, report: Report) -> None:
+    """As in a run: when a version is served, the one before it goes."""
+    writes = []
+    for version in range(versions):
+        writes.append(rank.ask("send", transport=transport, version=version))
+        rank.ask("retire", transport=transport, version=version - 1)
+    report.add(f"{transport}/write", writes)
+    for staging, part in (("host", "all"), ("device", "all"), ("device", "half")):
+        question = {"transport": transport, "version": versions - 1, "staging": staging, "part": part}
+        report.add(f"{transport}/{staging}/{part}", [worker.ask("update", **question) for _ in range(3)])
+
+
+def nccl_parts(rank: Side, worker: Side, version: int, report: Report) -> None:
+    report.add("nccl/memory", {"rank": rank.ask("memory"), "worker": worker.ask("memory")})
+    report.add("nccl/joins", worker.ask("joins", version=version))
+    for channels in (1, 16, pair.CHANNELS):
+        for side in (rank, worker):
+            side.ask("channels", count=channels)
+        report.add(f"nccl/parts/{channels} channels", worker.ask("nccl_parts", version=version))
 
 
 def main() -> None:

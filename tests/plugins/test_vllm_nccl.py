@@ -19,7 +19,7 @@ from prl_vllm.api import VllmApi
 from tests.plugins.served_vllm import Served, k3, needs_vllm, serving
 
 pytestmark = needs_vllm
-LENGTH = 1024
+LENGTH = 768
 EXPERTS = 8
 MODEL = ("model.layers=2", f"model.experts={EXPERTS}", "model.experts_per_token=2", "model.expert_intermediate_size=64")
 

@@ -10,7 +10,7 @@ Detection Algorithms, 1993.)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import attrs
@@ -22,7 +22,9 @@ BLOCK = 64
 """Bytes that one step makes into a state."""
 STATE = 4
 """Bytes of a state."""
-LOT = 16 << 20
+COVERED = BLOCK * BLOCK // STATE
+"""Bytes of which two steps leave one state: what is left of all tensors then is small, and is done together."""
+LOT = 32 << 20
 """Bytes that are looked up together: eight times as much lies beside them meanwhile."""
 _POLYNOMIAL = 0xEDB88320  # reflected: bit 31 is x^0
 _ONE = 1 << 31
@@ -32,17 +34,18 @@ _ONE = 1 << 31
 class Begun:
     """Checksums that a device is computing."""
 
+    sizes: Sequence[int]
+    """Bytes of each tensor."""
     lots: Sequence[tuple[Sequence[int], Tensor]]
-    """Places of tensors among those that were given, and their checksums [places] int64 on the device."""
+    """Places of tensors among those that were given, and their last states [places] int32 on the device."""
 
     def result(self) -> list[int]:
         """In the order in which the tensors were given."""
-        found = {
-            index: checksum
-            for indices, sums in self.lots
-            for index, checksum in zip(indices, sums.tolist(), strict=True)
-        }
-        return [found[index] for index in range(len(found))]
+        found = {}
+        for indices, states in self.lots:
+            for index, state in zip(indices, states.tolist(), strict=True):
+                found[index] = (state & 0xFFFFFFFF) ^ _of_zeros(self.sizes[index])
+        return [found[index] for index in range(len(self.sizes))]
 
 
 def of_tensors(tensors: Sequence[Tensor]) -> list[int]:
@@ -55,57 +58,60 @@ def begin(tensors: Sequence[Tensor]) -> Begun:
     by_size: dict[int, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         by_size[tensor.nbytes].append(index)
-    return Begun(
-        [
-            (lot, _of_equal_lengths([_bytes(tensors[index]) for index in lot], nbytes))
-            for nbytes, indices in by_size.items()
-            for lot in _lots(indices, max(1, LOT // max(nbytes, 1)))
-        ]
-    )
-
-
-def _lots(indices: Sequence[int], count: int) -> Iterable[Sequence[int]]:
-    return (indices[start : start + count] for start in range(0, len(indices), count))
+    rows: dict[int, list[tuple[Sequence[int], Tensor]]] = defaultdict(list)  # steps to go -> places, states [places, M]
+    for nbytes, indices in by_size.items():
+        count = max(1, LOT // max(nbytes, 1))
+        for places in (indices[first : first + count] for first in range(0, len(indices), count)):
+            states = _states([_bytes(tensors[place]) for place in places], nbytes)
+            rows[_steps(states.shape[1])].append((places, states))
+    return Begun([tensor.nbytes for tensor in tensors], [_last_states(steps, some) for steps, some in rows.items()])
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _of_equal_lengths(contents: Sequence[Tensor], nbytes: int) -> Tensor:
-    """[K] int64 of K contents of so many bytes; a long one is looked up in lots that follow each other."""
-    state: Tensor | None = None
+def _states(contents: Sequence[Tensor], nbytes: int) -> Tensor:
+    """[K, M] int32 states of K contents of so many bytes, of `COVERED` bytes each, in lots that follow each other."""
     first = nbytes % LOT or min(nbytes, LOT)  # so that all others are full
-    for start, end in _edges(nbytes, first):
-        rows = torch.stack([content[start:end] for content in contents])
-        raw = _raw(rows)
-        state = raw if state is None else raw ^ _advanced(state, end - start)
-    if state is None:
-        return contents[0].new_zeros(len(contents), dtype=torch.int64)
-    return (state.long() & 0xFFFFFFFF) ^ _of_zeros(nbytes)
+    edges = [(0, first), *((start, start + LOT) for start in range(first, nbytes, LOT))]
+    return torch.cat([_two_steps(torch.stack([content[a:b] for content in contents])) for a, b in edges], 1)
 
 
-def _edges(nbytes: int, first: int) -> Iterable[tuple[int, int]]:
-    if nbytes:
-        yield 0, first
-    yield from ((start, start + LOT) for start in range(first, nbytes, LOT))
+def _two_steps(rows: Tensor) -> Tensor:
+    """[K, M] int32 of rows [K, bytes] uint8."""
+    states = _step(_filled(rows, BLOCK).view(-1, BLOCK), 0).view(len(rows), -1)
+    return _joined(states, BLOCK)
 
 
-def _raw(rows: Tensor) -> Tensor:
-    """[K] int32 states of rows [K, bytes] uint8, from state 0 and without zlib's last step."""
-    count = len(rows)
-    states = _step(_filled(rows, BLOCK).view(-1, BLOCK), 0).view(count, -1)
-    covered = BLOCK
-    while states.shape[1] > 1:
-        states = _filled(states, BLOCK // STATE)
-        states = _step(states.view(torch.uint8).view(-1, BLOCK), covered).view(count, -1)
+def _last_states(steps: int, rows: Sequence[tuple[Sequence[int], Tensor]]) -> tuple[list[int], Tensor]:
+    """Places and their states [places] int32, where so many steps leave one of each row [M]."""
+    width = max(states.shape[1] for _, states in rows)
+    states = torch.cat([torch.nn.functional.pad(some, (width - some.shape[1], 0)) for _, some in rows])
+    covered = COVERED
+    for _ in range(steps):
+        states = _joined(states, covered)
         covered *= BLOCK // STATE
-    return states[:, 0]
+    return [place for places, _ in rows for place in places], states[:, 0]
+
+
+def _steps(states: int) -> int:
+    """Until one is left."""
+    steps = 0
+    while states > 1:
+        states, steps = -(-states * STATE // BLOCK), steps + 1
+    return steps
+
+
+def _joined(states: Tensor, covered: int) -> Tensor:
+    """[K, M / 16] int32 of states [K, M] that cover so many bytes each."""
+    blocks = _filled(states, BLOCK // STATE).view(torch.uint8).view(-1, BLOCK)
+    return _step(blocks, covered).view(len(states), -1)
 
 
 def _filled(rows: Tensor, multiple: int) -> Tensor:
-    """Zeros in front of each row, up to a multiple of so many elements."""
-    missing = -rows.shape[1] % multiple
+    """Zeros in front of each row, up to a multiple of so many elements, one at least."""
+    missing = -rows.shape[1] % multiple if rows.shape[1] else multiple
     return torch.nn.functional.pad(rows, (missing, 0)).contiguous() if missing else rows.contiguous()
 
 
@@ -118,13 +124,6 @@ def _step(blocks: Tensor, covered: int) -> Tensor:
         width //= 2
         found[:, :width].bitwise_xor_(found[:, width : 2 * width])
     return found[:, 0].contiguous()
-
-
-def _advanced(states: Tensor, nbytes: int) -> Tensor:
-    """[K] int32 states after so many zero bytes."""
-    blocks = torch.zeros((len(states), BLOCK // STATE), dtype=torch.int32, device=states.device)
-    blocks[:, -2] = states
-    return _step(blocks.view(torch.uint8).view(-1, BLOCK), nbytes)
 
 
 @cache
@@ -154,6 +153,7 @@ def _tables(covered: int) -> np.ndarray:
 
 
 # --- polynomials over two elements, modulo zlib's ---------------------------------------------------------------------
+@cache
 def _of_zeros(nbytes: int) -> int:
     """zlib.crc32 of so many zero bytes."""
     return _product(0xFFFFFFFF, _power(8 * nbytes)) ^ 0xFFFFFFFF

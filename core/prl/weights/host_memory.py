@@ -23,8 +23,8 @@ from prl.weights.tensors import ALIGNMENT, LARGE, THREADS, record_of, tensor_byt
 GRID = 16 << 20
 """Segments begin at multiples of so many bytes, so that a span between two multiples lies in one."""
 SEGMENT = 256 << 20
-LOT = 64 << 20
-"""Bytes on their way from a device at a time, three times; what was computed to be sent is kept until it has left."""
+LOT = 128 << 20
+"""Bytes that leave a device together; what was computed to be sent is kept until it has left, three lots of it."""
 
 
 @attrs.define(eq=False)
@@ -48,11 +48,11 @@ class HostMemory:
         self.end = start + nbytes
         return start, self.span(start, self.end)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor here; done when this returns."""
+    def keep(self, tensor: Tensor, *, non_blocking: bool = False) -> Tensor:
+        """A copy of the tensor here; done when this returns, or else when the current stream is."""
         _, room = self.take(tensor.nbytes)
         copy = room.view(tensor.dtype).view(tensor.shape)
-        copy.copy_(tensor)
+        copy.copy_(tensor, non_blocking=non_blocking)
         return copy
 
     def span(self, start: int, end: int) -> Tensor:
@@ -64,6 +64,33 @@ class HostMemory:
         if end - first > len(segment):
             raise IndexError(f"bytes {start} to {end} are not of one segment")
         return segment[start - first : end - first]
+
+
+class Landing:
+    """Copies of a GPU's tensors, made beside whatever it computes and whoever brings the next ones."""
+
+    def __init__(self, memory: HostMemory, device: torch.device) -> None:
+        self._memory = memory
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._under_way: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._bytes = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy that is done after `finish`; the tensor, computed by now, may be given up at once."""
+        while self._bytes > LOT:
+            nbytes, event = self._under_way.popleft()
+            event.synchronize()
+            self._bytes -= nbytes
+        with torch.cuda.stream(self._stream):
+            copy = self._memory.keep(tensor, non_blocking=True)
+            tensor.record_stream(self._stream)
+            self._under_way.append((tensor.nbytes, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+            self._under_way[-1][1].record()
+        self._bytes += tensor.nbytes
+        return copy
+
+    def finish(self) -> None:
+        self._stream.synchronize()
 
 
 def cells(start: int, end: int) -> Iterator[tuple[int, int]]:

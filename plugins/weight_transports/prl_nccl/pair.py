@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
+import socket
 import threading
 import time
 from collections import deque
@@ -28,7 +30,11 @@ SLOTS = 3
 """Messages on a sending device at a time: one comes, one goes, one waits."""
 SENDER, RECEIVER = 0, 1
 _UNWATCHED = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+CHANNELS = 4
+"""Of NCCL in each group, each with buffers on the device: as fast as the bus, from which everything comes."""
 _POLL_SECONDS = 5e-5
+_LOOKS = 100
+"""Polls between two looks at the connection."""
 _environment = threading.Lock()
 
 
@@ -39,6 +45,8 @@ class Pair:
     group: Any
     device: torch.device
     """Where messages are while they travel."""
+    connection: socket.socket
+    """With the other side: its end says that the other side is gone, which NCCL does not notice."""
     stream: Any = None
     """Of that device: what this process computes does not wait for messages."""
     tags: Iterator[int] = attrs.field(factory=itertools.count)
@@ -46,18 +54,27 @@ class Pair:
 
     @classmethod
     def join(
-        cls, backend: Backend, rank: int, store: Store, *, device: torch.device, address: str, seconds: float
+        cls,
+        backend: Backend,
+        rank: int,
+        store: Store,
+        *,
+        connection: socket.socket,
+        device: torch.device,
+        seconds: float,
     ) -> Pair:
         """The group of two that meets in this store; RuntimeError when the other side does not come.
 
-        `device`: what this side computes on. `address`: of this host, where it listens.
+        `device`: what this side computes on.
         """
+        address = str(connection.getsockname()[0])
         deadline = time.monotonic() + seconds
         make = _nccl if backend == "nccl" else _gloo
         on = device if backend == "nccl" else torch.device("cpu")
         with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
             group = make(store, rank, address, timedelta(seconds=seconds))
-            pair = cls(group=group, device=on, stream=torch.cuda.Stream(on) if on.type == "cuda" else None)
+            stream = torch.cuda.Stream(on) if on.type == "cuda" else None
+            pair = cls(group=group, device=on, connection=connection, stream=stream)
             try:
                 pair._greet(rank, deadline)
             except RuntimeError:
@@ -111,10 +128,26 @@ class Pair:
 
     def wait(self, work: Any, deadline: float) -> None:
         """RuntimeError at the deadline, or when the group has failed."""
-        if self.stream is not None:
-            while not work.is_completed() and time.monotonic() < deadline:  # torch looks every millisecond or ten
-                time.sleep(_POLL_SECONDS)
-        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        if self.stream is None:
+            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            return
+        for poll in itertools.count(1):  # torch would look every millisecond or ten
+            if work.is_completed():
+                work.wait()
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError("the time for it is over")
+            if poll % _LOOKS == 0 and self._lost():
+                raise RuntimeError("the other side is gone")
+            time.sleep(_POLL_SECONDS)
+
+    def _lost(self) -> bool:
+        if not select.select([self.connection], [], [], 0)[0]:
+            return False
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def close(self) -> None:
         self.group.abort()
@@ -137,6 +170,7 @@ def _nccl(store: Store, rank: int, address: str, timeout: timedelta) -> Any:
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
+    options.config.max_ctas = CHANNELS
     for variable, name in network.interfaces(address).items():
         os.environ.setdefault(variable, name)
     with _unwatched():

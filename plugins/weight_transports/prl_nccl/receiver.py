@@ -34,9 +34,9 @@ THREADS = 16
 """Groups that are made at a time."""
 LONGEST_ANSWER = 4096
 """Bytes."""
-LOT = 64 << 20
+LOT = 128 << 20
 """Bytes that are verified together."""
-WINDOW = 256 << 20
+WINDOW = 3 * LOT
 """Bytes that are waited for at a time, from all ranks."""
 
 
@@ -147,9 +147,10 @@ class NcclReceiver:
             answer = _asked(connection, lines, {"token": self.token, "device": name_of(device)}, deadline)
             if "error" in answer:
                 raise InfrastructureError(f"{what}: {answer['error']}")
-            there, here = connection.getpeername()[0], connection.getsockname()[0]
+            there = connection.getpeername()[0]
             store = TCPStore(there, int(answer["port"]), is_master=False, timeout=timedelta(seconds=seconds))
-            pair = Pair.join(answer["backend"], RECEIVER, store, device=device, address=here, seconds=_left(deadline))
+            seconds = _left(deadline)
+            pair = Pair.join(answer["backend"], RECEIVER, store, connection=connection, device=device, seconds=seconds)
         except BaseException:
             lines.close()
             connection.close()

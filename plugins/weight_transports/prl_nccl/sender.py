@@ -73,12 +73,12 @@ class NcclSender:
         return f"{host!s}:{port}"
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """Keep this rank's part of a version; the oldest beyond `KEPT` goes."""
+        """Keep this rank's part of a version; the oldest beyond `KEPT` goes, and this one takes its memory."""
+        for old in sorted(self._held.keys() - {version})[: 1 - KEPT]:
+            self.retire(old)
         memory = HostMemory(pinned=self._device.type == "cuda")
         records = hold(memory, self._noting_device(memory, tensors))
         self._held[version] = memory
-        for old in sorted(self._held)[:-KEPT]:
-            self.retire(old)
         return Manifest.single(version=version, location=self.location, tensors=records)
 
     def _noting_device(self, memory: HostMemory, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -98,7 +98,9 @@ class NcclSender:
         self._held.clear()
 
     # --- a worker, in its own thread ----------------------------------------------------------------------------------
-    def meet(self, hello: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> Pair | None:
+    def meet(
+        self, hello: dict[str, Any], connection: socket.socket, answer: Callable[[dict[str, Any]], None]
+    ) -> Pair | None:
         """The group with whoever says hello, None where it is refused; RuntimeError when the other side is lost."""
         if not hmac.compare_digest(str(hello["token"]), self._token):
             answer({"error": "the token is not this run's"})
@@ -107,7 +109,7 @@ class NcclSender:
         seconds = self._patience(0)
         port, store = kept_store(self._address, timedelta(seconds=seconds))
         answer({"port": port, "backend": backend})
-        return Pair.join(backend, SENDER, store, device=self._device, address=self._address, seconds=seconds)
+        return Pair.join(backend, SENDER, store, connection=connection, device=self._device, seconds=seconds)
 
     def serve(self, pair: Pair, ask: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         """Send what is asked for, or say why not; RuntimeError when the other side is lost."""
@@ -134,10 +136,12 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], sender: NcclSender) -> None:
         self.sender = sender
         self.connections: set[socket.socket] = set()
+        self.closed = False
         super().__init__(address, _Handler)
 
     def server_close(self) -> None:
         """Nobody is heard any more, on connections that stand either."""
+        self.closed = True
         super().server_close()
         for connection in list(self.connections):
             with suppress(OSError):
@@ -152,12 +156,13 @@ class _Handler(socketserver.StreamRequestHandler):
         server, pair = cast(_Server, self.server), None
         server.connections.add(self.connection)
         try:
-            pair = server.sender.meet(dict(json.loads(self.rfile.readline(LONGEST_HELLO))), self._answer)
+            hello = dict(json.loads(self.rfile.readline(LONGEST_HELLO)))
+            pair = server.sender.meet(hello, self.connection, self._answer)
             if pair is None:
                 return
             self.connection.settimeout(None)  # until the next version
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            while line := self.rfile.readline(LONGEST_ASK):
+            while (line := self.rfile.readline(LONGEST_ASK)) and not server.closed:
                 server.sender.serve(pair, dict(json.loads(line)), self._answer)
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:  # torch's are RuntimeErrors
             log.warning("%s was sent no weights: %s", self.client_address[0], error)

@@ -22,7 +22,7 @@ from prl.compose.compose import open_run
 from prl.providers import WeightReceiver
 from prl.run_dir import RunDir
 from prl.types import Manifest
-from prl.weights.host_memory import HostMemory
+from prl.weights.host_memory import HostMemory, Landing
 from torch import Tensor
 
 from prl_vllm.inside import PROTOCOL
@@ -178,12 +178,14 @@ def fetch(staged: Staged, source: Source, manifest: Manifest, device: torch.devi
             stream = nullcontext()
         staged.checksums = {record.name: record.checksum for record in manifest.tensors}
         on_host, on_device = {}, {}
-        memory = HostMemory(pinned=device.type == "cuda")
+        landing = Landing(HostMemory(pinned=True), device) if device.type == "cuda" else None
         for name, tensor in source.receiver.fetch(manifest):
             with stream:
                 if source.on_device:
                     on_device[name] = tensor.to(device)
-                on_host[name] = tensor if tensor.device.type == "cpu" else memory.keep(tensor)
+            on_host[name] = landing.keep(tensor) if landing is not None and tensor.is_cuda else tensor.cpu()
+        if landing is not None:
+            landing.finish()
         staged.tensors = on_host
         staged.on_device = on_device or None
     except Exception as error:
