@@ -21,7 +21,7 @@ from prl.testing import check_weight_transport
 from prl.types import Manifest
 from prl.weights.tensors import record_of
 from prl_nccl import NcclConfig
-from prl_nccl.pair import backend_for
+from prl_nccl.pair import Pair, backend_for
 from prl_nccl.receiver import Link, Lot, NcclReceiver, receive
 from prl_nccl.sender import KEPT, NcclSender, send
 
@@ -246,6 +246,27 @@ def test_a_trainer_that_was_started_again_is_another_address(run_dir: Path, rece
     second = send(NcclConfig(), run_dir, 0)
     assert same(dict(receiver.fetch(second.send(1, weights(9).items()))), weights(9))
     second.close()
+
+
+class Never:
+    """A message that does not come."""
+
+    def is_completed(self) -> bool:
+        return False
+
+
+def test_over_nccl_a_side_that_is_gone_is_seen_by_its_connection() -> None:
+    """NCCL itself waits; asking for more on the connection is no end of it."""
+    here, there = socket.socketpair()
+    pair = Pair(group=None, device=torch.device("cpu"), connection=here, stream=object())
+    there.sendall(b"more")
+    with pytest.raises(RuntimeError, match="the time for it is over"):
+        pair.wait(Never(), time.monotonic() + 0.1)
+    assert here.recv(4) == b"more"
+    there.close()
+    with pytest.raises(RuntimeError, match="the other side is gone"):
+        pair.wait(Never(), time.monotonic() + 60)
+    here.close()
 
 
 def test_nccl_joins_two_gpus_and_gloo_the_rest() -> None:
