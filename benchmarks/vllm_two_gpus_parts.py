@@ -294,8 +294,8 @@ def deep_gemm(job: Job) -> None:
 
 
 def experts(job: Job) -> None:
-    """Many requests at once, so that both copies answer: each must serve the new weights. Both are compared with what was
-    sent; the names that are read back are the first copy's, which has one half of the experts."""
+    """Many requests at once, so that both copies answer: each must serve the new weights. Both are compared with what
+    was sent; the names that are read back are the first copy's, which has one half of the experts."""
     layout = ("engine.parallel.data=2", "engine.parallel.experts=true", "engine.length=2048")
     with job.up({"engine": layout}) as fleets:
         fleet = fleets["engine"]
