@@ -11,6 +11,7 @@ that fails costs no other. All but the runs go side by side: their seconds are t
     deep_gemm   the same with DeepGEMM's kernels
     experts     two copies of the attention, the experts divided over both GPUs: answers of both, before and after an
                 update
+    deepep      the same by each of vLLM's ways that DeepEP carries; where it is installed
     preflight   what the Slurm launcher asks of devices before a run: their health, a product on each, a sum over NCCL
     nccl        benchmarks/nccl_pair_gpu.py: the transport alone, and either side killed
     loop        benchmarks/vllm_gpu.py's run, trainer and vLLM on a GPU each (--weights: other transports, one run each)
@@ -28,6 +29,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ def stages(folder: Path, weights: Sequence[str], toy: bool) -> list[list[Part]]:
             part("fp8", environment=second),
             part("deep_gemm", environment=second, delay=90.0),
             part("experts"),
+            *([part("deepep", limit=330.0)] if find_spec("deep_ep") else []),
             part("preflight", limit=120.0),
             Part(name="nccl", commands=(("-m", "benchmarks.nccl_pair_gpu", "--out", str(folder)),), limit=200.0),
         ]

@@ -150,7 +150,8 @@ class Job:
 
     @contextmanager
     def up(self, layouts: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Fleet]]:
-        """The engines of each layout, all started at once; their first version is not published."""
+        """The engines of each layout, all started at once; their first version is not published. Of layouts whose
+        engines do not come the report says why."""
         started = time.monotonic()
         base = write_base(self.folder / self.name, self.sizes)
         exact = ['engine.environment.VLLM_BATCH_INVARIANT="1"'] if self.invariant else []
@@ -165,8 +166,14 @@ class Job:
                     Fleet.started(self.background, base, place, [*exact, *edits], devices)
                 )
             deadline = started + self.sizes.ready
-            for fleet in fleets.values():
-                fleet.wait(max(deadline - time.monotonic(), 1.0))
+            for name, fleet in list(fleets.items()):
+                try:
+                    fleet.wait(max(deadline - time.monotonic(), 1.0))
+                except RuntimeError as error:
+                    if len(fleets) == 1:
+                        raise
+                    self.report.add(**{f"absent: {name}": str(error)})
+                    del fleets[name]
             self.report.add(ready_after=round(time.monotonic() - started, 1))
             yield fleets
 
@@ -298,6 +305,48 @@ def experts(job: Job) -> None:
             job.report.add(**{f"version_{version}": {**figures, **same(manifest, fleet)}})
 
 
+def deepep(job: Job) -> None:
+    """As `experts`, by every way for tokens to reach them: most probable tokens beside the first way's, before and
+    after an update."""
+    layouts = {
+        way: (
+            "engine.parallel.data=2",
+            "engine.parallel.experts=true",
+            "engine.length=2048",
+            f'engine.parallel.all_to_all="{way}"',
+            'engine.environment.EP_DISABLE_GIN="1"',
+        )
+        for way in ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2", "deepep_low_latency")
+    }
+    with job.up(layouts) as fleets:
+        for version in (0, 1):
+            expected: list[np.ndarray] = []
+            for way, fleet in fleets.items():
+                try:
+                    fleet.publish(version, seed=1 + version)
+                    found = _most_probable(fleet)
+                    figures: dict[str, Any] = mismatch(fleet)
+                except Exception as error:  # one way that fails leaves the others
+                    job.report.add(**{f"{way}, version {version}": f"{type(error).__name__}: {error}"[:600]})
+                    continue
+                expected = expected or found
+                pairs = [(a == b).tolist() for a, b in zip(found, expected, strict=True)]
+                figures |= {"completions": len(pairs), "the_same": sum(map(all, pairs))}
+                figures["tokens_until_another"] = [
+                    (pair.index(False) if False in pair else len(pair)) for pair in pairs
+                ]
+                job.report.add(**{f"{way}, version {version}": figures})
+
+
+def _most_probable(fleet: Fleet) -> list[np.ndarray]:
+    """Tokens of 16 completions, asked for all at once."""
+    engine = fleet.engines[0]
+    prompts = engine.prompts(*[24, 200] * 8, seed=6)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        answers = list(threads.map(lambda p: engine.generate(p, temperature=0.0, max_tokens=48)[0], prompts))
+    return [answer.tokens for answer in answers]
+
+
 def same(manifest: Manifest, fleet: Fleet) -> dict[str, Any]:
     """Every served tensor beside the checksum of what was sent."""
     started = time.perf_counter()
@@ -396,6 +445,7 @@ PARTS: dict[str, Callable[[Job], None]] = {
     "fp8": fp8,
     "deep_gemm": deep_gemm,
     "experts": experts,
+    "deepep": deepep,
     "preflight": preflight,
 }
 

@@ -38,6 +38,17 @@ def test_both_conventions_are_one_up_to_the_order_of_dimensions() -> None:
     torch.testing.assert_close(interleaved[:, order], turned(x[:, order], RotaryEmbedding(SIZE, THETA)))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_is_compiled_turns_and_differentiates_the_same(interleaved: bool) -> None:
+    tables = RotaryEmbedding(SIZE, THETA, interleaved).tables(Context.packed(torch.tensor([0, 20])), torch.float32)
+    x = draw(40).view(20, 2, SIZE).requires_grad_()
+    wanted = rotate(x, tables)
+    seen = torch.compile(rotate, backend="eager", fullgraph=True)(x, tables)
+    torch.testing.assert_close(seen, wanted)
+    outside = torch.randn_like(wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, outside)[0] for out in (seen, wanted)))
+
+
 def test_yarn_keeps_fast_dimensions_and_slows_slow_ones() -> None:
     yarn = Yarn(factor=4.0, original_length=64, beta_fast=8.0, beta_slow=1.0)
     plain = 10_000.0 ** -(torch.arange(16) / 16)

@@ -14,14 +14,13 @@ FULL = {"glm5_1": 743.9e9, "kimi_k2_7": 1026.4e9, "nemotron3_ultra": 549.3e9}
 
 
 def planned(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> dict:
-    config = str(CONFIGS / f"{name}_swe_28xh200.toml")
-    assert main(["plan", config, "--json", *arguments]) == 0
+    assert main(["plan", str(CONFIGS / f"{name}.toml"), "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_the_shipped_layouts_work(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = planned(capsys, name, "--sweep", "expert=16")
+    plan = planned(capsys, f"{name}_swe_28xh200", "--sweep", "expert=16")
     assert plan["parameters"] == pytest.approx(FULL[name], rel=1e-4)
     assert plan["devices"] == {"trainer": 128, "engines": 96}
     assert plan["configured"]["reasons"] == []
@@ -33,8 +32,8 @@ def test_the_shipped_layouts_work(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_sweep_says_what_cannot_work_and_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--layout", "context=1", "expert=1", "shard=128", "--sweep", "expert=3,16")
-    plan = planned(capsys, "nemotron3_ultra", *arguments)
+    arguments = ("--layout", "context=1", "expert=1", "shard=128", "--sweep", "expert=3")
+    plan = planned(capsys, "nemotron3_ultra_swe_28xh200", *arguments)
     assert "GB of 140 GB" in plan["configured"]["reasons"][0]
     impossible = next(other for other in plan["others"] if other["layout"]["expert"] == 3)
     assert impossible["reasons"] == [
@@ -45,10 +44,12 @@ def test_a_sweep_says_what_cannot_work_and_what_would_help(capsys: pytest.Captur
 
 
 def test_parts_that_the_config_computes_again_are_planned_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """Between none and all: what is kept, what is computed; experts are asked once more."""
+    """Between none and all: what is kept, what is computed; experts are asked once more. At toy size, on four ranks."""
+    toy = ("--plugins", "kimi_k2", "--set", "model.type=kimi-k2.7", "--set", "trainer.ranks=4", "--device", "h200")
+    mesh = ("--layout", "context=2", "expert=4", "--sweep", "expert=4")
     recompute = ("--set", 'trainer.activation_checkpointing="selective"', "--set", 'trainer.recompute=["experts"]')
     ways = (("--checkpointing", "none"), recompute, ("--checkpointing", "full"))
-    none, selective, full = (planned(capsys, "kimi_k2_7", *way)["configured"] for way in ways)
+    none, selective, full = (planned(capsys, "spell_backward", *toy, *mesh, *way)["configured"] for way in ways)
     kept = [plan["memory"]["kept"] for plan in (full, selective, none)]
     assert kept == sorted(kept)
     assert len(set(kept)) == 3

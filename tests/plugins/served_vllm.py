@@ -161,6 +161,16 @@ class Served:
 
         return self.run(ask())
 
+    async def post(self, path: str, **fields: Any) -> bytes:
+        """What the engine answers."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.post(self.url + path, json=fields) as told,
+        ):
+            assert told.status == 200, await told.text()
+            return await told.read()
+
     def prompts(self, *lengths: int, seed: int = 0) -> list[list[int]]:
         draw = np.random.default_rng(seed)
         return [draw.integers(3, self.trainer.vocab_size, length).tolist() for length in lengths]

@@ -19,17 +19,19 @@ from prl_deepep.kernel import build, dispatch
 
 REPOSITORY = Path(__file__).parents[2]
 SPELL = REPOSITORY / "configs" / "spell_backward.toml"
-OLD, NEW = "", "class ElasticBuffer: ..."
+OLD = ""
+NEW = "class ElasticBuffer: ...\ndef find_cuda_home(): return {toolkit!r}"
 
 
 def test_two_ranks_compute_what_they_do_by_all_to_all(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert launch([sys.executable, "-m", "tests.plugins.deepep_program", str(tmp_path)], ranks=2) == 0
-    for rank, tokens in enumerate((5, 9)):
+    for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["asked"] == [tokens]
-        assert len(found["differences"]) == 5  # outputs; gradients of tokens, router and two matrices of the experts
-        assert max(found["differences"]) < 1e-6
+        assert found["rooms"] == [9]  # the same on both ranks, for the tokens of rank 1
+        for differences in found["differences"].values():
+            assert len(differences) == 5  # outputs; gradients of tokens, router and two matrices of the experts
+            assert max(differences) < 1e-6
 
 
 def test_experts_that_are_all_here_are_the_reference_s():
@@ -57,10 +59,13 @@ def test_a_process_without_it_says_what_is_missing_and_what_to_do():
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A module of that name with this content."""
+    """A module of that name with this content, and a CUDA toolkit with these tools."""
 
-    def install(content: str) -> None:
-        (tmp_path / "deep_ep.py").write_text(content)
+    def install(content: str, *tools: str) -> None:
+        for tool in tools:
+            (tmp_path / "bin").mkdir(exist_ok=True)
+            (tmp_path / "bin" / tool).touch()
+        (tmp_path / "deep_ep.py").write_text(content.format(toolkit=str(tmp_path)))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
 
@@ -79,8 +84,18 @@ def test_an_older_deep_ep_is_not_enough(installed):
     assert deepep.missing() == "the installed deep_ep has no ElasticBuffer: it needs version 2 or newer"
 
 
+def test_what_deep_ep_says_of_its_surroundings_is_handed_on(installed):
+    installed("assert False, 'Invalid NCCL versions:\\n  2.28.9'")
+    assert deepep.missing() == "the module deep_ep cannot be imported: Invalid NCCL versions: 2.28.9"
+
+
+def test_it_needs_what_compiles_its_kernels(installed, tmp_path):
+    installed(NEW, "nvcc")
+    assert deepep.missing() == f"DeepEP compiles kernels with the CUDA toolkit, and {tmp_path} has no cuobjdump"
+
+
 def test_it_needs_a_device_of_the_hopper_generation(installed, monkeypatch):
-    installed(NEW)
+    installed(NEW, "nvcc", "cuobjdump")
     assert deepep.missing() == ("" if torch.cuda.is_available() else "there is no CUDA device")
     on_a_device(monkeypatch, (8, 0))
     assert deepep.missing() == "A GPU is of compute capability 8.0, and 9.0 (Hopper) is needed"
@@ -89,7 +104,13 @@ def test_it_needs_a_device_of_the_hopper_generation(installed, monkeypatch):
     assert build(DeepEpConfig()) is dispatch
 
 
-def test_other_numbers_than_bfloat16_are_refused():
-    x, chosen = torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64)
-    with pytest.raises(RunError, match=r"'deepep' sends bfloat16, and the layer computes in torch\.float32"):
-        deepep.send(x, torch.ones(2, 1), chosen, None, 4)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [
+        (torch.zeros(2, 256), r"'deepep' sends bfloat16, and the layer computes in torch\.float32"),
+        (torch.zeros(2, 300, dtype=torch.bfloat16), r"of a multiple of 256 numbers, and the layer's have 300; leave"),
+    ],
+)
+def test_tokens_that_it_cannot_send_are_refused(x, sentence):
+    with pytest.raises(RunError, match=sentence):
+        deepep.check(x)

@@ -22,6 +22,7 @@ WITHOUT = {
     "expert_map": "ended by signal",
     "tiers": "Exception: CPU Offloading is currently only supported",
     "processors": 0.5,
+    "progress": 0.5,
 }
 """What happens without each: at least so large a deviation, or an end that begins with these words."""
 

@@ -12,6 +12,8 @@ import json
 import os
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -195,20 +197,48 @@ def tiers(folder: Path) -> float:
 
 def processors(folder: Path) -> float:
     """Processors that are lost to this thread."""
+    before = os.sched_getaffinity(0)
+    _beside_nixl(folder)
+    return float(len(before - os.sched_getaffinity(0)))
+
+
+def progress(folder: Path) -> float:
+    """Threads that never sleep while there is nothing to do."""
+    kept = _beside_nixl(folder)
+    others = set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}
+    for _ in range(50):
+        others = {task for task in others if _runs(task)}
+        time.sleep(0.01)
+    del kept
+    return float(len(others))
+
+
+def _runs(task: str) -> bool:
+    return Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()[0] == "R"
+
+
+def _beside_nixl(folder: Path) -> Model:
     from vllm.config import KVTransferConfig
 
     with socket.socket() as found:
         found.bind(("", 0))
         os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(found.getsockname()[1])
     nixl = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", kv_buffer_device="cpu")
-    before = os.sched_getaffinity(0)
-    Model(folder, "model.layers=1", kv_transfer_config=nixl)
-    return float(len(before - os.sched_getaffinity(0)))
+    return Model(folder, "model.layers=1", kv_transfer_config=nixl)
 
 
 CASES: dict[str, Callable[[Path], float]] = {
     case.__name__: case
-    for case in (rope, seeded_prefill, experts_after_update, experts_without_gate, expert_map, tiers, processors)
+    for case in (
+        rope,
+        seeded_prefill,
+        experts_after_update,
+        experts_without_gate,
+        expert_map,
+        tiers,
+        processors,
+        progress,
+    )
 }
 
 

@@ -11,26 +11,16 @@ says which of them see each other, and the kernel is chosen here from the case a
 
 from __future__ import annotations
 
-from inspect import signature
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from prl.blocks import invariance, padding
 from prl.blocks.cache import KeysAndValues
 from prl.blocks.context import Context
 from prl.blocks.kernels import seam
 from prl.blocks.padding import Padding
-
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-"""torch 2.11 takes grouped keys without being told."""
-
-_LONG = 3072
-"""Tokens of a document from which torch's fixed-length attention outruns its variable-length kernel on a Hopper GPU
-(benchmarks/train_gpu.py --only attention: level at 2,048, 1.3 times as fast at 4,096, 1.75 times at 16,384)."""
+from prl.blocks.rectangle import sdpa
 
 
 @seam
@@ -57,7 +47,9 @@ def attend(
 def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
     """All keys and values are there: block-diagonal causal attention."""
     if _flash_takes(q):
-        return (_by_document if _are_long(context) else _variable_length)(q, k, v, context, scale)
+        from prl.blocks import flash  # it brings torch's compiler along: half a second of the start of a CPU's engine
+
+        return flash.attend(q, k, v, context, scale=scale)
     queries, keys = layouts(context)
     parts = zip(queries.pad(q), keys.pad(k), keys.pad(v), strict=True)
     return queries.unpad([_causal(*part, scale=scale) for part in parts])
@@ -66,8 +58,9 @@ def _from_the_start(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: fl
 def prepare(q_like: Tensor, context: Context) -> None:
     """Compute ahead what `attend` finds in the context, so that a compiled layer only reads there."""
     if _flash_takes(q_like):
-        if not _are_long(context):
-            _ = context.bounds
+        from prl.blocks import flash
+
+        flash.prepare(context)
     else:
         layouts(context)
 
@@ -76,58 +69,14 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """q [S, L, H, D], k and v [S, K, G, D]: the queries are the last L of K tokens."""
     length, seen = q.shape[1], k.shape[1]
     if length == seen:
-        return _sdpa(q, k, v, scale=scale, causal=True)
+        return sdpa(q, k, v, scale=scale, causal=True)
     mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
-    return _sdpa(q, k, v, scale=scale, mask=mask)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """q, k, v [S, L, heads, D] -> [S, L, H, D]. Kernels read grouped keys in place; expanding them costs a CPU 20%."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    out = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return out.transpose(1, 2)
+    return sdpa(q, k, v, scale=scale, mask=mask)
 
 
 def _flash_takes(q: Tensor) -> bool:
     """Also of tensors without data, which stand for a GPU's (`prl.train.trace`)."""
     return q.device.type in ("cuda", "meta") and q.dtype in (torch.bfloat16, torch.float16)
-
-
-def _are_long(context: Context) -> bool:
-    """Long enough, on average, for one call per document."""
-    if "long" not in context.memo:
-        context.memo["long"] = context.earlier == 0 and sum(context.lengths) >= _LONG * len(context.lengths)
-    long: bool = context.memo["long"]
-    return long
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _by_document(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """One fixed-length kernel per document; how many there are is nothing to compile for."""
-    lengths = list(context.lengths)
-    if context.shared is not None:
-        q, k, v = (context.shared.expand(x) for x in (q, k, v))
-    parts = zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)
-    outputs = [_sdpa(*(part[None] for part in document), scale=scale, causal=True)[0] for document in parts]
-    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return out if context.shared is None else context.shared.collect(out)
-
-
-def _variable_length(q: Tensor, k: Tensor, v: Tensor, context: Context, scale: float) -> Tensor:
-    """torch's flash attention over packed sequences (Dao 2023, arXiv:2307.08691).
-
-    Of fewer queries than keys the last see all keys, which is what a sequence from an earlier rank needs.
-    """
-    bounds, seen = context.bounds
-    longest = context.longest
-    if context.shared is not None:
-        q, k, v = (context.shared.expand(x) for x in (q, k, v))
-    out = varlen_attn(q, k, v, bounds, seen, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
-    assert isinstance(out, Tensor), "a tuple comes only with auxiliary outputs"
-    return out if context.shared is None else context.shared.collect(out)
 
 
 def _one_token(q: Tensor, cache: KeysAndValues, context: Context, scale: float) -> Tensor:
@@ -158,7 +107,7 @@ def _continued(q: Tensor, cache: KeysAndValues, context: Context, scale: float) 
     layout, positions = context.memo["square"]
     (queries,) = layout.pad(q)  # [S, L, H, D]
     k, v = (cached.transpose(1, 2) for cached in cache.read(context))
-    rectangle = _sdpa(queries, k, v, scale=scale, mask=_visible(context, positions, q.dtype))
+    rectangle = sdpa(queries, k, v, scale=scale, mask=_visible(context, positions, q.dtype))
     unpadded: Tensor = layout.unpad([rectangle])
     return unpadded
 

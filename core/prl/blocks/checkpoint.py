@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prl.blocks.form import Form, declaration_of
-from prl.blocks.sharded import local, part_of
+from prl.blocks.sharded import is_divided, local, part_of
 from prl.blocks.tensor_folder import INDEX, MAX_SHARD_BYTES, StoredTensors, check_empty, write, write_share
 from prl.blocks.weight_map import stacked_views
 from prl.errors import CheckpointError
@@ -65,7 +64,7 @@ def load(model: nn.Module, weight_map: WeightMap, folder: Path, *, number_format
 
 def _fill(tensor: Tensor, name: str, stored: Mapping[str, Tensor], weight_map: WeightMap) -> None:
     """Of a stack that is divided over ranks only the matrices this rank has a part of are read."""
-    if not isinstance(tensor, DTensor):
+    if not is_divided(tensor):
         tensor.copy_(weight_map.from_hf(stored, name))
         return
     part, own = part_of(tensor, rank=0), local(tensor)

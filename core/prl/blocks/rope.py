@@ -112,8 +112,25 @@ class RotaryEmbedding:
 
 def rotate(x: Tensor, tables: Tables) -> Tensor:
     """x [T, H, D] -> the same shape, every head turned by its token's angles."""
+    if torch.compiler.is_compiling():
+        return _rotate_apart(x, tables)
     if tables.interleaved:
         partners = torch.unflatten(x, -1, (-1, 2)).flip(-1).flatten(-2)
     else:
         partners = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * tables.cos, partners, tables.sin)
+
+
+def _rotate_apart(x: Tensor, tables: Tables) -> Tensor:
+    """The same, the two dimensions of every pair apart: torch compiles it to vectors, where `roll` becomes a remainder
+    for every element (a third of a small layer's backward pass). Without a compiler it takes half as long again."""
+    first, second = _apart(x, tables.interleaved)
+    cos, sin = _apart(tables.cos, tables.interleaved)[0], _apart(tables.sin, tables.interleaved)[1]
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(turned, -1).flatten(-2) if tables.interleaved else torch.cat(turned, -1)
+
+
+def _apart(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """[..., D] -> the first and the second dimensions of all pairs, [..., D/2] each."""
+    first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
+    return first, second

@@ -1,21 +1,33 @@
-"""Tensors of which a rank holds a part."""
+"""Tensors of which a rank holds a part.
+
+Engines use modules that ask for their part and never divide anything: DTensor, whose import takes half a second, is
+known by its methods.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import attrs
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_divided(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ranks hold parts, or copies, of the tensor as one."""
+    return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of the tensor this rank holds, differentiable; the tensor itself where it is not divided."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_divided(tensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor of which this rank may hold a part; a collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 @attrs.frozen
@@ -36,8 +48,10 @@ class Part:
 def part_of(tensor: Tensor, *, rank: int) -> Part:
     """This rank's part; what is not divided all ranks hold."""
     shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+    if not is_divided(tensor):
         return Part(shape, (0,) * len(shape), shape, first=rank == 0)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     mesh = tensor.device_mesh
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     place = mesh.get_coordinate()

@@ -19,8 +19,9 @@ class RefusedError(Exception):
 
 
 def sentence_in(body: bytes) -> str:
-    """The sentence of an error's body; the body itself when it was not written by this server."""
+    """The sentence of an error's body, or the body in one line: who else may have answered writes pages."""
     try:
-        return str(json.loads(body)["error"]["message"])
+        error = json.loads(body)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, KeyError, TypeError):
-        return body[:500].decode(errors="replace")
+        return " ".join(body[:500].decode(errors="replace").split())

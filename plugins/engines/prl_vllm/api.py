@@ -16,6 +16,7 @@ import aiohttp
 import attrs
 import numpy as np
 from prl.errors import InfrastructureError
+from prl.serve.refusal import sentence_in
 from prl.types import Completion, Int32, Routes, Sampling, StopReason
 
 from prl_vllm import metrics
@@ -179,16 +180,7 @@ class VllmApi:
 
 async def _expect_ok(response: aiohttp.ClientResponse, url: str) -> None:
     if response.status != 200:
-        text = (await response.read())[:2000].decode(errors="replace")
-        raise RefusedByVllmError(f"{url} answered {response.status}: {_sentence(text)}")
-
-
-def _sentence(text: str) -> str:
-    try:
-        error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return text
+        raise RefusedByVllmError(f"{url} answered {response.status}: {sentence_in(await response.read())}")
 
 
 def routes(choice: Mapping[str, Any], ask: Ask, completion: Completion) -> Routes | None:

@@ -11,7 +11,7 @@ from prl.compose.config import Run
 
 from prl_vllm import release
 from prl_vllm.config import KvTiers, Parallel, Prefill, VllmConfig
-from prl_vllm.inside import ROUTE_BYTES, ROUTES, SWITCH, TIERS
+from prl_vllm.inside import HANDOVER, ROUTE_BYTES, ROUTES, SWITCH, TIERS
 
 CPU_KV_CACHE_BYTES = 256 << 20
 EXTENSION = "prl_vllm.inside.worker.Extension"
@@ -147,7 +147,11 @@ def environment(
         **({ROUTES: "1"} if routes else {}),
         **({TIERS: "1"} if config.kv_tiers.host_bytes else {}),
         **(
-            {"VLLM_NIXL_SIDE_CHANNEL_HOST": exchange[0], "VLLM_NIXL_SIDE_CHANNEL_PORT": str(exchange[1])}
+            {
+                HANDOVER: "1",
+                "VLLM_NIXL_SIDE_CHANNEL_HOST": exchange[0],
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(exchange[1]),
+            }
             if exchange
             else {}
         ),

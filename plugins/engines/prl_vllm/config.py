@@ -11,9 +11,14 @@ from prl import option
 from prl.compose.config import EngineConfig, not_negative, positive
 
 AllToAll = Literal[
-    "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency", "flashinfer_nvlink_two_sided"
+    "allgather_reducescatter",
+    "deepep_high_throughput",
+    "deepep_low_latency",
+    "deepep_v2",
+    "flashinfer_nvlink_two_sided",
 ]
-"""How tokens reach the devices of their experts; DeepEP's first kind is for prefill, its second for decoding."""
+"""How tokens reach the devices of their experts; DeepEP's first kind is for prefill, its second for decoding, its
+version 2 for both."""
 
 
 @attrs.frozen(kw_only=True)

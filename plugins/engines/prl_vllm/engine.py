@@ -26,7 +26,7 @@ import numpy as np
 from prl.errors import InfrastructureError
 from prl.serve.refusal import RefusedError
 from prl.serve.requests import Progress, Request, Result, Stream
-from prl.types import Completion, Int32, Manifest, StopReason
+from prl.types import Completion, Int32, Manifest, Routes, StopReason
 
 from prl_vllm.api import Answer, Ask, RefusedByVllmError, VllmApi
 from prl_vllm.door import Door
@@ -64,6 +64,8 @@ class Engine:
         self._prefills = prefills
         self._aborted: set[str] = set()
         """Requests that somebody wants to end; only on releases where weight updates abort them too."""
+        self._for_others: set[str] = set()
+        """Prompts that vLLM computes for other engines."""
         self._door = Door(sequences)
         self._sequences = sequences
         self._staged: Manifest | None = None
@@ -100,21 +102,23 @@ class Engine:
         # vLLM computes the last token of a prompt here in any case, and answers no question after it.
         known = len(ask.prompt) - 1 if ask.routes_from is not None else None
         answer = await self._answer(attrs.evolve(ask, salt=_salt(self._mark, handed=True), routes_from=known))
-        completions = (attrs.evolve(c, routes=joined(handed.routes, c.routes)) for c in answer.completions)
+        completions = (
+            attrs.evolve(c, routes=joined(_still_of(ask.version, c, handed.routes), c.routes))
+            for c in answer.completions
+        )
         return attrs.evolve(answer, completions=tuple(completions))
 
     async def _fetched(self, request: Request, first: int, prefills: Prefills) -> Handed | None:
         """The prompt as another engine computed it, now in vLLM's prefix cache; None where that came to nothing."""
         mark, ask = self._mark, self._ask(attrs.evolve(request, sampling=ONE_TOKEN), first, 1)
         handed = await prefills.compute(ask, mark, session=request.session)
-        if handed is not None:
-            # An outdated prompt is fetched too, under a name nobody asks for: the other engine keeps it until then,
-            # and while it keeps any prompt it cannot pause for an update.
-            salt = _salt(mark, handed=True) if mark == self._mark else ask.request_id
+        if handed is not None and mark != self._mark:
+            await prefills.give_up(handed)
+        elif handed is not None:
             fetching = attrs.evolve(
                 ask,
                 request_id=f"{ask.request_id}-fetch",
-                salt=salt,
+                salt=_salt(mark, handed=True),
                 routes_from=None,
                 kv_transfer=json.loads(handed.transfer),
             )
@@ -130,13 +134,24 @@ class Engine:
                 answer = None
                 if mark == self._mark:
                     ask = attrs.evolve(self._ask(request, 0, 1), kv_transfer=TO_BE_FETCHED)
-                    answer = await self._api.generate(ask)
+                    self._for_others.add(ask.request_id)
+                    try:
+                        answer = await self._api.generate(ask)
+                    finally:
+                        self._for_others.discard(ask.request_id)
         if answer is None or mark != self._mark or answer.completions[0].stop is StopReason.ABORT:
+            if answer is not None and answer.kv_transfer:
+                await self.release(answer.kv_transfer["remote_request_id"])
             raise RefusedError(409, f"version {self.version} is served, or about to be, whose weights are others")
         if not answer.kv_transfer:
             raise RefusedError(502, "vLLM keeps no keys and values for others: it has no connector for that")
         completion = answer.completions[0] if self._tells_versions else _marked(answer.completions[0], self.version)
         return Handed(transfer=json.dumps(answer.kv_transfer), routes=completion.routes)
+
+    async def release(self, kept: str) -> None:
+        """Keep a prompt no longer for another engine, which has not begun to fetch it."""
+        with _refusals():
+            await self._api.call("prl_release", requests=[kept])
 
     async def _answer(self, ask: Ask) -> Answer:
         if self._tells_versions:
@@ -268,6 +283,8 @@ class Engine:
     async def _swap(self, version: int, mark: str) -> None:
         self._staged = None
         await self._api.pause(clear_cache=self._recompute, keep=self._tells_versions)
+        for request_id in tuple(self._for_others):  # nobody will use what is left of them
+            await self._api.abort(request_id)
         try:
             await self._api.call("prl_commit", version=version)
         except InfrastructureError as error:
@@ -346,6 +363,13 @@ def _marked(completion: Completion, version: int) -> Completion:
         versions=np.full(len(completion.tokens), version, np.int32),
         routes=routes and attrs.evolve(routes, versions=np.full(len(routes.versions), version, np.int32)),
     )
+
+
+def _still_of(version: int, completion: Completion, prompt: Routes | None) -> Routes | None:
+    """A prompt's routes; of no version that is known where the first token was not sampled under the prompt's."""
+    if prompt is None or (len(completion.tokens) and completion.versions[0] == version):
+        return prompt
+    return attrs.evolve(prompt, versions=np.full(len(prompt.versions), -1, np.int32))
 
 
 def _cut_short(tokens: Int32) -> Completion:

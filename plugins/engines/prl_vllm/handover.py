@@ -6,8 +6,9 @@
                     ──► own vLLM: the request itself, which finds its prompt there
 
 Both engines must serve the same weights from the first to the last of these steps; what an update interrupts is thrown
-away and computed by the engine that decodes, as is everything when no other engine answers. Who calls an engine knows
-nothing of all this. The address of an engine that computes prompts is in the run directory.
+away and computed by the engine that decodes, as is everything when no other engine answers. What was computed is kept
+until it is fetched, whatever is served meanwhile, or somebody says that nobody will fetch it, or its lease is over. Who
+calls an engine knows nothing of all this. The address of an engine that computes prompts is in the run directory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATH = "/prefill"
+RELEASE = "/prefill/release"
 CONNECT_SECONDS = 5.0
 REST_SECONDS = 5.0
 """An engine that failed is left alone so long."""
@@ -64,6 +66,8 @@ class Handed:
     """JSON for the vLLM that fetches its keys and values."""
     routes: Routes | None
     """Of its tokens, where they were asked for."""
+    server: int = -1
+    """Index of the engine that keeps it, as who asked knows it."""
 
 
 # --- the side that decodes --------------------------------------------------------------------------------------------
@@ -114,10 +118,20 @@ class Prefills:
         return None
 
     async def _ask(self, server: _Server, question: dict[str, Any]) -> Handed:
-        found = read_json(_address(self._run_dir, server.index))
+        return attrs.evolve(unpack(await self._post(server.index, PATH, question), Handed), server=server.index)
+
+    async def give_up(self, handed: Handed) -> None:
+        """Tell the engine that keeps a prompt that it will not be fetched; where that fails, its lease ends."""
+        try:
+            await self._post(handed.server, RELEASE, {"kept": json.loads(handed.transfer)["remote_request_id"]})
+        except InfrastructureError as error:
+            log.warning("engine %d keeps a prompt that nobody wants: %s", handed.server, error)
+
+    async def _post(self, index: int, path: str, question: dict[str, Any]) -> bytes:
+        found = read_json(_address(self._run_dir, index))
         if found is None:
             raise InfrastructureError("it has not said where it listens")
-        url = found["url"] + PATH
+        url = found["url"] + path
         try:
             async with asyncio.timeout(self.patience), self._open().post(url, json=question) as response:
                 answer = await response.read()
@@ -127,7 +141,7 @@ class Prefills:
             raise _OtherWeightsError
         if response.status != 200:
             raise InfrastructureError(f"{url} answered {response.status}: {sentence_in(answer)}")
-        return unpack(answer, Handed)
+        return answer
 
     async def within_patience(self, fetching: Awaitable[Answer]) -> bool:
         """Whether vLLM has fetched a prompt; what takes longer is aborted, before the prompt is given up elsewhere."""
@@ -177,7 +191,7 @@ def _address(run_dir: RunDir, index: int) -> Path:
 
 
 class PrefillEndpoint:
-    """`POST /prefill`."""
+    """`POST /prefill` and `POST /prefill/release`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -197,3 +211,10 @@ class PrefillEndpoint:
         mark = fields.text("mark")
         fields.finish()
         return web.Response(body=pack(await engine.prefill(request, mark)), content_type=MEDIA_TYPE)
+
+    async def release(self, http: web.Request) -> web.Response:
+        fields = await body.read(http)
+        kept = fields.text("kept")
+        fields.finish()
+        await self._engine.release(kept)
+        return web.json_response({})

@@ -12,10 +12,11 @@ import asyncio
 import os
 import secrets
 import zlib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -37,6 +38,7 @@ from prl_vllm.process import started
 if TYPE_CHECKING:
     from prl.weights.engines import EngineContext
 
+Ends: TypeAlias = Callable[[], Coroutine[None, None, None]]
 HEALTH_SECONDS = 5.0
 """Between two looks at a server that was joined."""
 
@@ -46,7 +48,7 @@ async def serve(context: EngineContext) -> None:
     run = context.composition.run
     config = cast(VllmConfig, run.engine)
     described = await asyncio.to_thread(model_files.describe, context.composition)
-    async with _server(context, config, described) as (api, ended), _prefills(context, config) as prefills:
+    async with _server(context, config, described) as (api, ends), _prefills(context, config) as prefills:
         description = await _expect_extension(api)
         engine = Engine(
             api,
@@ -63,9 +65,11 @@ async def serve(context: EngineContext) -> None:
         app.add_routes([web.get("/weights/checksums", _checksums(engine))])
         computes_prompts = config.kind_of(context.index) == "prefill"
         if computes_prompts:
-            app.add_routes([web.post(handover.PATH, handover.PrefillEndpoint(engine).prefill)])
+            prompts = handover.PrefillEndpoint(engine)
+            app.add_routes([web.post(handover.PATH, prompts.prefill), web.post(handover.RELEASE, prompts.release)])
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(ended)
+            for end in ends:
+                tasks.create_task(end())
             tasks.create_task(_broken(engine))
             async with listening(app, context.host) as url:
                 if computes_prompts:
@@ -91,12 +95,12 @@ async def _prefills(context: EngineContext, config: VllmConfig) -> AsyncIterator
 @asynccontextmanager
 async def _server(
     context: EngineContext, config: VllmConfig, described: Described
-) -> AsyncIterator[tuple[VllmApi, Coroutine[None, None, None]]]:
-    """The server of this engine, started or joined, and what raises when it ends."""
+) -> AsyncIterator[tuple[VllmApi, Sequence[Ends]]]:
+    """The server of this engine, started or joined, and what raises when it ends, or a part of it does."""
     if config.servers:
         api = VllmApi(config.servers[context.index], key=os.environ.get(KEY_VARIABLE, ""))
         try:
-            yield api, _watched(api, config.servers[context.index])
+            yield api, [partial(_watched, api, config.servers[context.index])]
         finally:
             await api.aclose()
         return
@@ -121,24 +125,16 @@ async def _server(
         address = network.address(run)
         exchange = (address, network.free_port(address)) if config.prefill.count else None
         environment = vllm.environment(config, cpu=cpu, routes=bool(route_bytes), exchange=exchange)
-        whole: Coroutine[None, None, None] | None = None
+        ends: list[Ends] = []
         if config.spans > 1:
             meeting = await stack.enter_async_context(spanning.meeting(context))
             values |= spanning.arguments(config.parallel, 0, meeting)
             environment |= spanning.environment(meeting.address)
-            whole = spanning.deserted(context, meeting)
+            ends.append(partial(spanning.deserted, context, meeting))
         server = await stack.enter_async_context(
             started([*vllm.command_line(values)], environment, startup=config.startup)
         )
-        yield server.api, _first_of(server.ended(), whole)
-
-
-async def _first_of(*ends: Coroutine[None, None, None] | None) -> None:
-    """Raise what the first of them raises."""
-    async with asyncio.TaskGroup() as tasks:
-        for end in ends:
-            if end is not None:
-                tasks.create_task(end)
+        yield server.api, [server.ended, *ends]
 
 
 @contextmanager

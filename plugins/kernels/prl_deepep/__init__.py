@@ -22,7 +22,7 @@ def prl_kernels() -> Iterable[Kernel]:
         config=DeepEpConfig,
         seam="dispatch",
         summary="a token travels once to each rank with experts of its choice, by DeepEP 2 on Hopper GPUs",
-        requires=("deep_ep", "torchtitan"),
+        requires=("deep_ep",),
         build="prl_deepep.kernel:build",
         device="cuda",
     )

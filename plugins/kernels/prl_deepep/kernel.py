@@ -1,7 +1,7 @@
 """The dispatch by DeepEP, where experts are divided over ranks; where they are not, the reference's.
 
-Weights are applied where the experts are, and what they make of a token is summed in bfloat16 before it travels back:
-sums are the reference's to bfloat16's precision.
+Weights are applied where the experts are, in bfloat16, and what the experts of one rank make of a token is summed and
+rounded before it travels back: sums are the reference's to bfloat16's precision.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def dispatch(x: Tensor, weights: Tensor, chosen: Tensor, experts: nn.Module, run
     """As `prl.blocks.moe.dispatch`."""
     if run.group is None:
         return seam.reference(x, weights, chosen, experts, run, count)
-    arrived, counts, state = deepep.send(x, weights, chosen, run.group, count)
-    outputs: Any = experts(arrived, counts.cumsum(0).int())
-    return deepep.back(outputs, state).to(x.dtype)
+    deepep.check(x)
+    rows, counts, arrived = deepep.send(x, weights, chosen, run.group, count)
+    outputs: Any = experts(rows, counts.cumsum(0).int())
+    return deepep.back(outputs, arrived).to(x.dtype)

@@ -36,7 +36,7 @@ CASES = [
     for family in FAMILIES
     for layout, way in meshes
     for replay in ("", REPLAYED)
-    if fits(family, layout) and (family in ROUTINGS or not replay)
+    if fits(family, layout, bool(replay))
 ]
 
 

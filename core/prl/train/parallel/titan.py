@@ -1,4 +1,4 @@
-"""torchtitan's device meshes, under our names for the axes. Beside `deepep`, the only import of torchtitan.
+"""torchtitan's device meshes, under our names for the axes. The only import of torchtitan.
 
 torchtitan 0.3.0 is made for GPUs: where there is none it takes the device to be CUDA all the same, which is mended
 before its meshes are imported. Its trainer, command line, configuration and models are not used.

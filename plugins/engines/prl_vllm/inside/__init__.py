@@ -14,11 +14,13 @@ ROUTES = "PRL_VLLM_ROUTES"
 """Environment variable: `1` where the run replays routes."""
 TIERS = "PRL_VLLM_TIERS"
 """Environment variable: `1` where there are tiers behind the KV cache."""
+HANDOVER = "PRL_VLLM_HANDOVER"
+"""Environment variable: `1` where engines hand prompts to each other."""
 ROUTE_BYTES = "prl_route_bytes"
 """Entry in the configuration of KV tiers: bytes of one token's routes, which are kept with its keys and values."""
 KEY_VARIABLE = "PRL_VLLM_API_KEY"
 """Environment variable: the key of servers that are joined."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when the methods of `worker.Extension` change their meaning, so that a server of another prl is told apart."""
 
 
@@ -35,6 +37,10 @@ def register() -> None:
         from prl_vllm.inside import stores
 
         stores.install()
+    if os.environ.get(HANDOVER) == "1":
+        from prl_vllm.inside import kept
+
+        kept.install()
     if current_platform.is_cpu():
         from prl_vllm.inside import mends
 

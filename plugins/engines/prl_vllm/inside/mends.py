@@ -215,6 +215,20 @@ def _processors() -> None:
     wrap(KVConnectorFactory, "create_connector", around)
 
 
+def _progress() -> None:
+    from vllm.distributed.nixl_utils import nixl_agent_config
+
+    def around(init: Callable[..., None]) -> Callable[..., None]:
+        def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            self.enable_pthread = False
+
+        return initialise
+
+    if nixl_agent_config is not None:
+        wrap(nixl_agent_config, "__init__", around)
+
+
 MENDS = (
     Mend(
         name="rope",
@@ -271,5 +285,14 @@ MENDS = (
         "bound to none: all servers of a machine compute on one core, and on two cores a transfer takes a minute",
         until="the core is set apart only where VLLM_CPU_OMP_THREADS_BIND sets the others apart",
         apply=_processors,
+    ),
+    Mend(
+        name="progress",
+        where="vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py: NixlBaseConnectorWorker.__init__",
+        symptom="NIXL's progress thread never sleeps: each server takes a core from all others, computing or not, and "
+        "on two cores a transfer takes seconds",
+        until="the agent's progress thread waits for events, or can be left out by an option: whoever has a transfer "
+        "open polls it between steps in any case",
+        apply=_progress,
     ),
 )

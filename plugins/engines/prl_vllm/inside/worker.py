@@ -104,6 +104,13 @@ class Extension:
         Loader(self).load(served.tensors)
         return {"version": served.version}
 
+    def prl_release(self, requests: list[str]) -> dict[str, Any]:
+        """Let prompts go that are kept for other engines; nobody may have begun to fetch them."""
+        from prl_vllm.inside import kept
+
+        kept.release(requests)
+        return {}
+
     def prl_read_back(self, names: list[str]) -> dict[str, Any]:
         """Name -> checksum of what the served weights hold of a tensor, as the trainer computes it; all for no names.
 
