@@ -1,14 +1,14 @@
-"""Experts of tokens whose keys and values left a GPU's cache for host memory or disk and came back, beside a plain server.
+"""Experts of tokens whose keys and values left a GPU's cache for host memory or disk and came back.
 
     python -m benchmarks.vllm_routes_gpu --out DIR            one GPU of 80 GB or two, about three minutes
     python -m benchmarks.vllm_routes_gpu --out DIR --toy      on a CPU, with vLLM's CPU build
 
-The same prompts, one at a time and greedily, go twice to each of: a server with room for all of them; one whose cache
-is too small, with host memory behind it; one with less of it and a disk; with two GPUs also an engine that samples what
-another one computed, both with host memory. All compute the same numbers of tokens in the same order, so that tokens and
-experts must be those of the plain server to the bit; where a prompt is handed over, its last token is computed in a
-step of its own, and what is sampled may differ by rounding. Then the weights change, and all is asked once more.
-DIR/routes.json is written as results come.
+The same prompts, one at a time and greedily, go twice to each of: a plain server with room for all of them; one whose
+cache is too small, with host memory behind it; one with less of it and a disk; with two GPUs also an engine that
+samples what another one computed, both with host memory. All compute the same numbers of tokens in the same order, so
+that tokens and experts must be those of the plain server to the bit; where a prompt is handed over, its last token is
+computed in a step of its own, and what is sampled may differ by rounding. Then the weights change, and all is asked
+once more. DIR/routes.json is written as results come.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def compared(
     """Completions and routes that are equal; the experts of a token in their order."""
     figures: dict[str, float] = dict.fromkeys(("rows", "rows_equal", "prompt_rows", "prompt_rows_equal"), 0)
     for prompt, one, other in zip(prompts, ours, theirs, strict=True):
-        assert one.routes is not None and other.routes is not None
+        assert one.routes is not None
+        assert other.routes is not None
         assert len(one.routes.experts) == len(other.routes.experts) == len(prompt) + len(one.tokens) - 1
         equal = (one.routes.experts == other.routes.experts).all((1, 2))
         figures["rows"] += len(equal)

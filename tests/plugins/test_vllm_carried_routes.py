@@ -46,9 +46,7 @@ def test_what_comes_back_brings_its_routes_to_the_schedulers_table(number: int) 
     region = SharedOffloadRegion(
         engine_id=f"test-{os.getpid()}", num_chunks=4, rank=0, kv_bytes_per_chunk=4096, cpu_page_size=size
     )
-    worker.inner = CopyingWorker(
-        carried_routes.with_pages(upstream, worker), region, blocks_per_chunk=1, route_bytes=0
-    )
+    worker.inner = CopyingWorker(carried_routes.with_pages(upstream, worker), region, blocks_per_chunk=1, route_bytes=0)
     try:
         chosen = torch.randint(0, 256 if number == 1 else 300, (2 * BLOCK, LAYERS, CHOSEN), dtype=torch.int32)
         worker.record(chosen, torch.cat([4 * BLOCK + torch.arange(BLOCK), BLOCK + torch.arange(BLOCK)]))

@@ -10,7 +10,7 @@ routes of what was loaded.
                                                  │ a load is done
                                                  └──► scheduler's table, before the request that waits for it is resumed
 
-The first worker that knows of a load tells; all of them have the same routes. It goes when upstream's tiers carry routes.
+Of several workers the first one's are taken: all have the same. It goes when upstream's tiers carry routes.
 """
 
 from __future__ import annotations
