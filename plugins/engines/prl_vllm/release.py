@@ -52,7 +52,7 @@ def tells_versions() -> bool:
 
 @cache
 def keeps_routes_by_slot() -> bool:
-    """On GPUs the scheduler has the routes of every slot of the KV cache: until 0.29. Later ones name them by hashes."""
+    """On GPUs a scheduler has the routes of every slot of the KV cache: until 0.29. Later ones name them by hashes."""
     modules = _sources("model_executor/layers/fused_moe/routed_experts_capturer.py")
     return any("class RoutedExpertsManager" in path.read_text(encoding="utf-8") for path in modules)
 
