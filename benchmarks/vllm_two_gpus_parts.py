@@ -293,8 +293,8 @@ def deep_gemm(job: Job) -> None:
 
 
 def experts(job: Job) -> None:
-    """Many requests at once, so that both copies answer: each must serve the new weights. Read back is the first copy's
-    device, which has one half of the experts."""
+    """Many requests at once, so that both copies answer: each must serve the new weights. Both are compared with what
+    was sent; the names that are read back are the first copy's, which has one half of the experts."""
     layout = ("engine.parallel.data=2", "engine.parallel.experts=true", "engine.length=2048")
     with job.up({"engine": layout}) as fleets:
         fleet = fleets["engine"]
@@ -348,20 +348,19 @@ def _most_probable(fleet: Fleet) -> list[np.ndarray]:
 
 
 def same(manifest: Manifest, fleet: Fleet) -> dict[str, Any]:
-    """Every served tensor beside the checksum of what was sent."""
+    """Every tensor that the first copy serves beside the checksum of what was sent."""
     started = time.perf_counter()
     served = fleet.engines[0].get("/weights/checksums")
-    wrong = [r.name for r in manifest.tensors if served.get(r.name) != r.checksum]
+    found = [record for record in manifest.tensors if record.name in served]
+    wrong = [record.name for record in found if served[record.name] != record.checksum]
     return {
         "tensors": len(manifest.tensors),
+        "served": len(found),
         "bytes": manifest.nbytes,
         "dtypes": sorted({record.dtype for record in manifest.tensors}),
-        "equal": len(manifest.tensors) - len(wrong),
+        "equal": len(found) - len(wrong),
         "wrong": wrong[:6],
-        "experts_of_wrong": sorted(
-            {int(name.split("experts.")[1].split(".")[0]) for name in wrong if "experts." in name}
-        ),
-        "wrong_besides_experts": sum("experts." not in name for name in wrong),
+        "experts": sorted({int(name.split("experts.")[1].split(".")[0]) for name in served if "experts." in name}),
         "read_back_seconds": time.perf_counter() - started,
     }
 
