@@ -182,13 +182,13 @@ class Job:
 def kv(job: Job) -> None:
     """Tokens, log-probabilities and routes beside the plain server's; hits and bytes; what a hand-over takes."""
     small, talk = job.sizes.small, job.sizes.talk
-    routed, unrouted = 'trainer.router_replay="on"', 'trainer.router_replay="off"'
+    routed = 'trainer.router_replay="on"'
     prefill = ("engine.count=2", "engine.prefill.count=1", 'engine.environment.UCX_PROTO_INFO="y"')
 
     def tiers(name: str) -> tuple[str, ...]:
         disk = job.folder / job.name / f"disk-{name}"
         return (
-            unrouted,
+            routed,
             f"engine.kv_cache_bytes={small}",
             f"engine.kv_tiers.host_bytes={small}",
             f'engine.kv_tiers.disk="{disk}"',
@@ -207,9 +207,8 @@ def kv(job: Job) -> None:
         reference = None
         rows = []
         for name, fleet in fleets.items():
-            asked = attrs.evolve(talk, routed=routed in layouts[name])
             try:
-                row, answers = measure(name, fleet.engines, asked, reference)
+                row, answers = measure(name, fleet.engines, talk, reference)
             except Exception as error:  # one layout that fails leaves the others
                 rows.append({"layout": name, "error": f"{type(error).__name__}: {error}"})
                 job.report.add(layouts=rows)

@@ -53,8 +53,12 @@ VERSIONS = {"nccl": 4, "shared_memory": 2}
 """The first two of `nccl` find no memory pinned yet."""
 KILLED_AFTER = 0.15
 """Seconds after which the rank goes."""
-CONFIGS: dict[str, WeightTransportConfig] = {"nccl": NcclConfig(deadline=25.0), "shared_memory": SharedMemoryConfig()}
-MODULES: dict[str, Any] = {"nccl": (sender, receiver), "shared_memory": (segments, segments)}
+CONFIGS: dict[str, WeightTransportConfig] = {
+    "nccl": NcclConfig(deadline=25.0),
+    "shared_memory": SharedMemoryConfig(),
+    "shared_memory, device": SharedMemoryConfig(memory="device"),
+}
+MODULES: dict[str, Any] = {name: (sender, receiver) if name == "nccl" else (segments, segments) for name in CONFIGS}
 
 
 def weights(gigabytes: float) -> dict[str, Tensor]:
@@ -108,6 +112,14 @@ class Rank:
 
     def channels(self, count: int) -> dict[str, Any]:
         pair.CHANNELS = count
+        return {}
+
+    def damage(self, transport: str, version: int) -> dict[str, Any]:
+        """Change a byte of what waits on the device."""
+        held: Any = self.senders[transport]
+        _, room = held._held[version]
+        room.segments[len(room.segments) // 2].content[100] ^= 1
+        synchronize()
         return {}
 
     def memory(self) -> dict[str, Any]:
