@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 
 import attrs
 import pytest
 from prl_console import lines, text
 from prl_console.live import panel
-from prl_console.tracker import ConsoleTracker, as_typed
+from prl_console.tracker import ConsoleTracker, Output, as_typed
 from prl_console.view import RunView
 from rich.console import Console
 
@@ -107,6 +108,18 @@ def test_finish_tells_what_was_achieved_and_where_to_look(view: RunView, clock: 
         "  curves    prl report runs/demo",
         "  logs      prl logs runs/demo",
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_reader_that_leaves_does_not_end_the_run(view: RunView, terminal: bool) -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w") as file:
+        tracker = ConsoleTracker(view, Output(file=file, width=80, force_terminal=terminal), interval=60.0)
+        tracker.start()
+        os.close(reader)
+        tracker.log(600, RL_METRICS)
+        tracker.finish(None)
+    assert view.step == 600
 
 
 def test_commands_can_be_pasted_where_the_directory_has_a_space(clock: Clock) -> None:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -300,4 +300,5 @@ def _exit_code(child: Child) -> int:
 
 
 def _tell(sentence: str) -> None:
-    print(f"prl: {sentence}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads any more: no reason to end the run
+        print(f"prl: {sentence}", file=sys.stderr, flush=True)

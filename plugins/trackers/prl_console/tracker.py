@@ -16,6 +16,16 @@ from prl_console.live import LiveDisplay
 from prl_console.view import RunView, phase_of
 
 
+class Output(Console):
+    """Where nobody reads any more it goes quiet; rich would end the process, and with the controller the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self.file.fileno())  # what is buffered has to go somewhere at exit
+        os.close(devnull)
+
+
 class ConsoleTracker:
     """Shows a run on standard output."""
 
@@ -63,7 +73,7 @@ class ConsoleTracker:
 
 def build(config: ConsoleConfig, run: Run, run_dir: Path) -> ConsoleTracker:
     view = RunView(name=run_dir.name, directory=as_typed(run_dir), steps=run.warmup.steps + run.run.steps)
-    return ConsoleTracker(view, Console(), interval=config.interval)
+    return ConsoleTracker(view, Output(), interval=config.interval)
 
 
 def as_typed(path: Path, *, relative_to: Callable[[], str] = os.getcwd) -> str:
