@@ -152,7 +152,7 @@ def test_what_the_controller_said_of_its_failure_is_kept(run_dir: RunDir) -> Non
     assert state(run_dir)["error"] == "its own words"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_signal_asks_the_controller_to_stop(run_dir: RunDir, number: signal.Signals) -> None:
     controller = f"""
         import os, time
@@ -164,6 +164,16 @@ def test_one_signal_asks_the_controller_to_stop(run_dir: RunDir, number: signal.
     before = signal.getsignal(number)
     assert launch(run_dir, process("controller", controller)) == 7
     assert signal.getsignal(number) is before
+
+
+def test_what_nohup_has_ignored_stays_ignored(run_dir: RunDir) -> None:
+    hang_up = f"import os\nos.kill(os.getppid(), {int(signal.SIGHUP)})"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch(run_dir, process("controller", hang_up)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not run_dir.stop.exists()
 
 
 def test_a_second_signal_ends_everything(run_dir: RunDir, capfd: pytest.CaptureFixture[str]) -> None:

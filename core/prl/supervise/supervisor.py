@@ -1,7 +1,7 @@
 """A run from its first process to the end of its last, through as many attempts as it takes.
 
     start all ─► wait ──► controller ends well             its exit code is the run's
-                  ▲  │    Ctrl-C, SIGTERM                  once: ask the controller to stop; twice: end everything now
+                  ▲  │    Ctrl-C, SIGTERM, SIGHUP          once: ask the controller to stop; twice: end everything now
                   │  ├──► engine, environment worker dies  started again, alone; the controller reads of it and goes on
                   │  │    one is silent, or condemned      killed, hence as above
                   │  └──► trainer or controller dies       everything is killed, and ...
@@ -57,11 +57,10 @@ def supervise(
 
 @contextmanager
 def _signals(children: Children) -> Iterator[None]:
-    """SIGINT and SIGTERM become events for as long as this lasts."""
-    handlers = {
-        number: signal.signal(number, lambda received, _: children.signalled(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """SIGINT, SIGTERM and, unless `nohup` has it ignored, SIGHUP become events for as long as this lasts."""
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    heeded += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    handlers = {number: signal.signal(number, lambda received, _: children.signalled(received)) for number in heeded}
     try:
         yield
     finally:
