@@ -86,7 +86,7 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
 
 def _kv_transfer(config: VllmConfig, *, cpu: bool, route_bytes: int, identity: str) -> dict[str, Any]:
     """Where keys and values go, and come from. What cannot be had from there is computed."""
-    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, route_bytes if cpu else 0)]
+    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, route_bytes)]
     if not connectors:
         return {}
     several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
