@@ -51,8 +51,6 @@ class Talk:
     turn: int = 300
     """Tokens that a person's turn has at least."""
     sampled: int = 24
-    routed: bool = True
-    """Routes are asked for."""
 
 
 def layouts(folder: Path, blocks: int) -> dict[str, tuple[str, ...]]:
@@ -89,20 +87,18 @@ class Measured:
     differing: int
     """Completions whose tokens are not all those of the reference."""
     logprob_gap: float
-    routes_equal: bool | None
-    """None: not asked for."""
+    routes_equal: bool
     rows: int
     """Of routes, compared."""
 
 
 def converse(engine: Served, prompts: Sequence[list[int]], talk: Talk) -> list[Turns]:
     """Two turns of each conversation; the second brings more text."""
-    ask = engine.routed if talk.routed else engine.generate
     conversations = []
     for prompt in prompts:
-        (first,) = ask(prompt, temperature=0.0, max_tokens=talk.sampled)
+        (first,) = engine.routed(prompt, temperature=0.0, max_tokens=talk.sampled)
         longer = [*prompt, *first.tokens.tolist(), *prompt[: talk.turn]]
-        (second,) = ask(longer, temperature=0.0, max_tokens=talk.sampled)
+        (second,) = engine.routed(longer, temperature=0.0, max_tokens=talk.sampled)
         conversations.append([first, second])
     return conversations
 
@@ -122,7 +118,6 @@ def measure(
     more = {name: after[name] - before[name] for name in after}
     asked = sum(2 * len(p) + talk.sampled + len(p[: talk.turn]) for p in prompts)
     pairs = list(zip(_flat(answers), _flat(reference or answers), strict=True))
-    routed = [(a, b) for a, b in pairs if a.routes is not None and b.routes is not None]
     result = Measured(
         layout=layout,
         seconds=round(seconds, 2),
@@ -134,8 +129,8 @@ def measure(
         completions=len(pairs),
         differing=sum(a.tokens.tolist() != b.tokens.tolist() for a, b in pairs),
         logprob_gap=max(_gap(a, b) for a, b in pairs),
-        routes_equal=all(_routes(a) == _routes(b) for a, b in routed) if routed else None,
-        rows=sum(len(a.routes.versions) for a, _ in routed if a.routes is not None),
+        routes_equal=all(_routes(a) == _routes(b) for a, b in pairs),
+        rows=sum(len(a.routes.versions) for a, _ in pairs if a.routes is not None),
     )
     return result, answers
 

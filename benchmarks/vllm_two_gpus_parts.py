@@ -183,13 +183,13 @@ class Job:
 def kv(job: Job) -> None:
     """Tokens, log-probabilities and routes beside the plain server's; hits and bytes; what a hand-over takes."""
     small, talk = job.sizes.small, job.sizes.talk
-    routed, unrouted = 'trainer.router_replay="on"', 'trainer.router_replay="off"'
+    routed = 'trainer.router_replay="on"'
     prefill = ("engine.count=2", "engine.prefill.count=1", 'engine.environment.UCX_PROTO_INFO="y"')
 
     def tiers(name: str) -> tuple[str, ...]:
         disk = job.folder / job.name / f"disk-{name}"
         return (
-            unrouted,
+            routed,
             f"engine.kv_cache_bytes={small}",
             f"engine.kv_tiers.host_bytes={small}",
             f'engine.kv_tiers.disk="{disk}"',
@@ -208,9 +208,8 @@ def kv(job: Job) -> None:
         reference = None
         rows = []
         for name, fleet in fleets.items():
-            asked = attrs.evolve(talk, routed=routed in layouts[name])
             try:
-                row, answers = measure(name, fleet.engines, asked, reference)
+                row, answers = measure(name, fleet.engines, talk, reference)
             except Exception as error:  # one layout that fails leaves the others
                 rows.append({"layout": name, "error": f"{type(error).__name__}: {error}"})
                 job.report.add(layouts=rows)
@@ -295,8 +294,8 @@ def deep_gemm(job: Job) -> None:
 
 
 def experts(job: Job) -> None:
-    """Many requests at once, so that both copies answer: each must serve the new weights. Read back is the first copy's
-    device, which has one half of the experts."""
+    """Many requests at once, so that both copies answer: each must serve the new weights. Both are compared with what
+    was sent; the names that are read back are the first copy's, which has one half of the experts."""
     layout = ("engine.parallel.data=2", "engine.parallel.experts=true", "engine.length=2048")
     with job.up({"engine": layout}) as fleets:
         fleet = fleets["engine"]
@@ -317,6 +316,7 @@ def deepep(job: Job) -> None:
             "engine.length=2048",
             f'engine.parallel.all_to_all="{way}"',
             'engine.environment.EP_DISABLE_GIN="1"',
+            'engine.environment.NVSHMEM_QP_DEPTH="4096"',
         )
         for way in ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2", "deepep_low_latency")
     }
@@ -334,6 +334,7 @@ def deepep(job: Job) -> None:
                 expected = expected or found
                 pairs = [(a == b).tolist() for a, b in zip(found, expected, strict=True)]
                 figures |= {"completions": len(pairs), "the_same": sum(map(all, pairs))}
+                figures["tokens_of_the_first"] = [tokens.tolist() for tokens in found[:4]]
                 figures["tokens_until_another"] = [
                     (pair.index(False) if False in pair else len(pair)) for pair in pairs
                 ]
@@ -350,20 +351,19 @@ def _most_probable(fleet: Fleet) -> list[np.ndarray]:
 
 
 def same(manifest: Manifest, fleet: Fleet) -> dict[str, Any]:
-    """Every served tensor beside the checksum of what was sent."""
+    """Every tensor that the first copy serves beside the checksum of what was sent."""
     started = time.perf_counter()
     served = fleet.engines[0].get("/weights/checksums")
-    wrong = [r.name for r in manifest.tensors if served.get(r.name) != r.checksum]
+    found = [record for record in manifest.tensors if record.name in served]
+    wrong = [record.name for record in found if served[record.name] != record.checksum]
     return {
         "tensors": len(manifest.tensors),
+        "served": len(found),
         "bytes": manifest.nbytes,
         "dtypes": sorted({record.dtype for record in manifest.tensors}),
-        "equal": len(manifest.tensors) - len(wrong),
+        "equal": len(found) - len(wrong),
         "wrong": wrong[:6],
-        "experts_of_wrong": sorted(
-            {int(name.split("experts.")[1].split(".")[0]) for name in wrong if "experts." in name}
-        ),
-        "wrong_besides_experts": sum("experts." not in name for name in wrong),
+        "experts": sorted({int(name.split("experts.")[1].split(".")[0]) for name in served if "experts." in name}),
         "read_back_seconds": time.perf_counter() - started,
     }
 

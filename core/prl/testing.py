@@ -79,6 +79,7 @@ def check_weight_transport(send: Callable[[int], WeightSender], receiver: Weight
     expected = {**_weights(0, 1), **_weights(1, 1)}
     for _ in range(2):
         _check_fetched(dict(receiver.fetch(manifest)), expected)
+    _check_parts_of(receiver, manifest, expected)
     kept = dict(receiver.fetch(manifest))
     next(kept[name] for name in kept if kept[name].numel()).zero_()  # what an engine does with them is its own affair
     _check_fetched(dict(receiver.fetch(manifest)), expected)
@@ -182,6 +183,13 @@ def _check_fetched(fetched: dict[str, Tensor], expected: dict[str, Tensor]) -> N
             f"tensor {name} came as {seen.dtype} {list(seen.shape)}, and was {tensor.dtype} {list(tensor.shape)}"
         )
         assert torch.equal(seen.cpu(), tensor), f"tensor {name} is not what was sent"
+
+
+def _check_parts_of(receiver: WeightReceiver, manifest: Manifest, expected: dict[str, Tensor]) -> None:
+    """Whoever asks for less gets that: of both parts, of one of them, nothing."""
+    for ending in ("view", "0.half", "nothing"):
+        chosen = {name: tensor for name, tensor in expected.items() if name.endswith(ending)}
+        _check_fetched(dict(receiver.fetch(manifest.only(chosen.__contains__))), chosen)
 
 
 def _check_gone(receiver: WeightReceiver, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ prediction made at `t`): `logprobs[t]` is log p(token t | tokens before t). This
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -325,6 +325,16 @@ class Manifest:
     def single(cls, *, version: int, location: str, tensors: tuple[TensorRecord, ...]) -> Manifest:
         """What one rank sends: a version, or its part of one."""
         return cls(version=version, parts=(WeightPart(location=location, tensors=tensors),))
+
+    def only(self, wanted: Callable[[str], bool]) -> Manifest:
+        """The same version without the tensors whose name is not wanted: who fetches it is sent the others."""
+        return attrs.evolve(
+            self,
+            parts=tuple(
+                attrs.evolve(part, tensors=tuple(tensor for tensor in part.tensors if wanted(tensor.name)))
+                for part in self.parts
+            ),
+        )
 
     @property
     def tensors(self) -> tuple[TensorRecord, ...]:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from prl.compose.compose import compose, create_run
 from prl.errors import InfrastructureError
 from prl.testing import check_weight_transport
 from prl.types import Manifest
+from prl.weights.tensors import record_of
 from prl_nccl import NcclConfig
-from prl_nccl.pair import backend_for
-from prl_nccl.receiver import NcclReceiver, receive
+from prl_nccl.pair import Pair, backend_for
+from prl_nccl.receiver import Link, Lot, NcclReceiver, receive
 from prl_nccl.sender import KEPT, NcclSender, send
 
 CONFIG = Path(__file__).parents[2] / "configs" / "spell_backward.toml"
@@ -61,7 +63,7 @@ def test_the_contract_of_transports_holds(run_dir: Path) -> None:
 def test_a_part_may_be_larger_than_a_message(
     sender: NcclSender, receiver: NcclReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prl_nccl.pair.CHUNK", 1000)
+    monkeypatch.setattr("prl.weights.host_memory.GRID", 1 << 10)
     sent = {"large": torch.randn(3, 1234)}
     assert same(dict(receiver.fetch(sender.send(1, sent.items()))), sent)
 
@@ -71,6 +73,7 @@ def test_another_process_fetches_it_too(sender: NcclSender, run_dir: Path) -> No
     program = f"""
 import cattrs, pathlib
 from prl.types import Manifest
+from prl.weights.tensors import record_of
 from prl_nccl import NcclConfig
 from prl_nccl.receiver import receive
 manifest = cattrs.structure({cattrs.unstructure(manifest)!r}, Manifest)
@@ -79,6 +82,16 @@ for name, tensor in receive(NcclConfig(), pathlib.Path({str(run_dir)!r})).fetch(
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {float(tensor.double().sum())}" for name, tensor in weights(3).items()]
+
+
+def test_a_rank_sends_what_is_wanted_and_no_more(sender: NcclSender, receiver: NcclReceiver) -> None:
+    sent = {f"layers.{layer}.experts.{expert}.up": torch.randn(4, 64) for layer in range(3) for expert in range(4)}
+    manifest = sender.send(5, sent.items())
+    for experts in ("01", "3"):
+        chosen = {name: tensor for name, tensor in sent.items() if name.split(".")[3] in experts}
+        before = sender.sent_bytes.get(5, 0)
+        assert same(dict(receiver.fetch(manifest.only(chosen.__contains__))), chosen)
+        assert sender.sent_bytes[5] - before == len(chosen) * 4 * 64 * 4
 
 
 def test_only_the_newest_versions_take_memory(sender: NcclSender, receiver: NcclReceiver) -> None:
@@ -90,22 +103,26 @@ def test_only_the_newest_versions_take_memory(sender: NcclSender, receiver: Nccl
 
 def test_a_flipped_byte_is_refused(sender: NcclSender, receiver: NcclReceiver) -> None:
     manifest = sender.send(4, weights(4).items())
-    sender._held[4][manifest.tensors[1].offset] ^= 1
+    place = manifest.tensors[1].offset
+    sender._held[4].span(place, place + 1)[0] ^= 1
     with pytest.raises(InfrastructureError, match="weights of version 4: tensor b has checksum"):
         list(receiver.fetch(manifest))
 
 
 def test_a_part_of_another_size_is_refused(sender: NcclSender, receiver: NcclReceiver) -> None:
     manifest = sender.send(4, weights(4).items())
-    sender._held[4] = sender._held[4][:-1]
-    with pytest.raises(InfrastructureError, match=r"weights of version 4: .* has 77 bytes where 78 were announced"):
+    sender._held[4].end -= 1
+    with pytest.raises(
+        InfrastructureError, match=r"weights of version 4: version 4 at .* is another: bytes 0 to 78 of 77"
+    ):
         list(receiver.fetch(manifest))
 
 
 @pytest.mark.parametrize("location", ["/etc/hostname", "1234", "host:port", ":1"])
 def test_a_location_is_an_address(receiver: NcclReceiver, location: str) -> None:
+    records = (record_of("a", torch.zeros(3), 0, 0),)
     with pytest.raises(InfrastructureError, match=r"weights of version 1: .* is no address of a trainer rank"):
-        list(receiver.fetch(Manifest.single(version=1, location=location, tensors=())))
+        list(receiver.fetch(Manifest.single(version=1, location=location, tensors=records)))
 
 
 def test_who_does_not_know_the_token_gets_nothing(sender: NcclSender, receiver: NcclReceiver) -> None:
@@ -114,42 +131,109 @@ def test_who_does_not_know_the_token_gets_nothing(sender: NcclSender, receiver: 
         list(attrs.evolve(receiver, token="guessed").fetch(manifest))
 
 
+# --- groups that are kept ---------------------------------------------------------------------------------------------
+def test_the_next_version_comes_through_the_same_group(sender: NcclSender, receiver: NcclReceiver) -> None:
+    groups = set()
+    for version in (1, 2, 3):
+        assert same(dict(receiver.fetch(sender.send(version, weights(version).items()))), weights(version))
+        (link,) = receiver._links.values()
+        groups.add(id(link.pair))
+    assert len(groups) == 1
+
+
+def test_a_group_that_the_rank_has_given_up_is_made_again(sender: NcclSender, receiver: NcclReceiver) -> None:
+    manifest = sender.send(1, weights(1).items())
+    assert same(dict(receiver.fetch(manifest)), weights(1))
+    (first,) = receiver._links.values()
+    (connection,) = sender._server.connections
+    connection.shutdown(socket.SHUT_RDWR)
+    assert same(dict(receiver.fetch(manifest)), weights(1))
+    (second,) = receiver._links.values()
+    assert second is not first
+
+
+def test_two_versions_may_come_at_a_time(sender: NcclSender, receiver: NcclReceiver) -> None:
+    """As where a prepare was given up for the next one."""
+    old, new = (sender.send(version, weights(version).items()) for version in (1, 2))
+    coming = receiver.fetch(old)
+    first = dict([next(coming)])
+    assert same(dict(receiver.fetch(new)), weights(2))
+    assert same({**first, **dict(coming)}, weights(1))
+    assert len(receiver._links) == 1
+
+
+def test_who_stops_in_the_middle_leaves_no_half_read_group(sender: NcclSender, receiver: NcclReceiver) -> None:
+    manifest = sender.send(1, weights(1).items())
+    coming = receiver.fetch(manifest)
+    next(coming)
+    coming.close()
+    assert not receiver._links
+    assert same(dict(receiver.fetch(manifest)), weights(1))
+
+
 # --- whoever is lost --------------------------------------------------------------------------------------------------
-def asked(sender: NcclSender, ask: bytes) -> socket.socket:
+def asked(sender: NcclSender, hello: bytes) -> socket.socket:
     """A connection on which that was said."""
     host, _, port = sender.location.partition(":")
     connection = socket.create_connection((host, int(port)), timeout=20)
-    connection.sendall(ask)
+    connection.sendall(hello)
     return connection
 
 
-def test_receivers_that_hang_or_die_keep_nobody_waiting(
-    run_dir: Path, sender: NcclSender, receiver: NcclReceiver
-) -> None:
-    """They ask for a version and are not heard of again, some before and some after the answer."""
+def hello(receiver: NcclReceiver) -> bytes:
+    return json.dumps({"token": receiver.token, "device": "cpu"}).encode() + b"\n"
+
+
+def waiting(receiver: NcclReceiver, manifest: Manifest) -> Link:
+    """A worker that has asked for a version and takes none of it."""
+    deadline = time.monotonic() + 20
+    link = receiver._connected(manifest.parts[0].location, torch.device("cpu"), deadline, "")
+    assert link.ask(manifest.version, [Lot(manifest.tensors)], deadline) == {"nbytes": 78}
+    return link
+
+
+def test_receivers_that_hang_or_die_keep_nobody_waiting(sender: NcclSender, receiver: NcclReceiver) -> None:
+    """Some before they are answered, some before there is a group, some when the version is on its way."""
     manifest = sender.send(1, weights(1).items())
-    ask = json.dumps({"token": receiver.token, "version": 1, "device": "cpu"}).encode() + b"\n"
-    silent, hanging, gone = asked(sender, b""), asked(sender, ask), asked(sender, ask)
+    silent, hanging, gone = asked(sender, b""), asked(sender, hello(receiver)), asked(sender, hello(receiver))
     for connection in (hanging, gone):
-        assert set(json.loads(connection.makefile("rb").readline())) == {"port", "backend", "nbytes"}
+        assert set(json.loads(connection.makefile("rb").readline())) == {"port", "backend"}
     gone.close()
+    full, lost = waiting(receiver, manifest), waiting(receiver, manifest)
+    lost.close()
     assert same(dict(receiver.fetch(manifest)), weights(1))
     assert same(dict(receiver.fetch(sender.send(2, weights(2).items()))), weights(2))
     for connection in (silent, hanging):
         connection.close()
+    full.close()
 
 
-def test_a_transfer_ends_at_its_deadline(run_dir: Path, receiver: NcclReceiver) -> None:
-    sender = send(NcclConfig(deadline=0.2), run_dir, 0)
-    sender.send(1, weights(1).items())
+def test_meeting_and_transfer_end_at_their_deadlines(run_dir: Path, receiver: NcclReceiver) -> None:
+    sender = send(NcclConfig(deadline=0.5), run_dir, 0)
+    manifest = sender.send(1, weights(1).items())
     before = set(threading.enumerate())
-    ask = json.dumps({"token": receiver.token, "version": 1, "device": "cpu"}).encode() + b"\n"
-    with asked(sender, ask) as hanging:
+    with asked(sender, hello(receiver)) as hanging:
         hanging.makefile("rb").readline()
+        link = waiting(receiver, manifest)
         for transfer in set(threading.enumerate()) - before:
             transfer.join(60)
             assert not transfer.is_alive()
+    assert not sender._server.connections
+    link.close()
     sender.close()
+
+
+def test_a_sender_that_closes_ends_the_groups_it_has(run_dir: Path, receiver: NcclReceiver) -> None:
+    before = set(threading.enumerate())
+    sender = send(NcclConfig(), run_dir, 0)
+    manifest = sender.send(1, weights(1).items())
+    assert same(dict(receiver.fetch(manifest)), weights(1))
+    sender.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
+    with pytest.raises(InfrastructureError, match=r"weights of version 1 did not come from .*: .* refused"):
+        list(receiver.fetch(manifest))
 
 
 def test_a_trainer_that_was_started_again_is_another_address(run_dir: Path, receiver: NcclReceiver) -> None:
@@ -162,6 +246,27 @@ def test_a_trainer_that_was_started_again_is_another_address(run_dir: Path, rece
     second = send(NcclConfig(), run_dir, 0)
     assert same(dict(receiver.fetch(second.send(1, weights(9).items()))), weights(9))
     second.close()
+
+
+class Never:
+    """A message that does not come."""
+
+    def is_completed(self) -> bool:
+        return False
+
+
+def test_over_nccl_a_side_that_is_gone_is_seen_by_its_connection() -> None:
+    """NCCL itself waits; asking for more on the connection is no end of it."""
+    here, there = socket.socketpair()
+    pair = Pair(group=None, device=torch.device("cpu"), connection=here, stream=object())
+    there.sendall(b"more")
+    with pytest.raises(RuntimeError, match="the time for it is over"):
+        pair.wait(Never(), time.monotonic() + 0.1)
+    assert here.recv(4) == b"more"
+    there.close()
+    with pytest.raises(RuntimeError, match="the other side is gone"):
+        pair.wait(Never(), time.monotonic() + 60)
+    here.close()
 
 
 def test_nccl_joins_two_gpus_and_gloo_the_rest() -> None:

@@ -234,7 +234,7 @@ def test_an_engine_of_eight_gpus_becomes_one_command_line(
     ).run
     assert isinstance(run.engine, VllmConfig)
     assert run.engine.count * run.engine.gpus == gpus
-    words = list(command_line(arguments(run, run.engine, DENSE, model=Path("m"), cpu=False)))
+    words = list(command_line(arguments(run, run.engine, DENSE, model=Path("m"), cpu=False, route_bytes=8)))
     pairs = dict(zip(words, [*words[1:], ""], strict=True))
     assert (pairs["--tensor-parallel-size"], pairs["--data-parallel-size"]) == ("1", "8")
     assert pairs["--all2all-backend"] == "allgather_reducescatter"
@@ -243,7 +243,8 @@ def test_an_engine_of_eight_gpus_becomes_one_command_line(
     connector = json.loads(pairs["--kv-transfer-config"])
     assert connector["kv_connector"] == "OffloadingConnector"
     assert connector["kv_connector_extra_config"]["secondary_tiers"] == [{"type": "fs", "root_dir": "kv"}]
-    assert {"--enable-expert-parallel", "--enable-eplb"} <= set(words)
+    assert connector["kv_connector_extra_config"]["prl_route_bytes"] == 8
+    assert {"--enable-expert-parallel", "--enable-eplb", "--enable-return-routed-experts"} <= set(words)
     assert environment(run.engine, cpu=False)["VLLM_USE_DEEP_GEMM"] == "1"
 
 

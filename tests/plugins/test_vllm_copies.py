@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from prl.types import Manifest
 from prl_disk.files import DiskReceiver, DiskSender
 from prl_vllm.api import VllmApi
 from prl_vllm.engine import Engine
-from prl_vllm.inside.worker import Extension, Source
+from prl_vllm.inside.worker import Extension, Source, Staged
 
 SHAPES = {"a": (5, 3)}
 
@@ -26,7 +27,16 @@ class Copies:
         self.workers = [Extension() for _ in folders]
         for worker, folder in zip(self.workers, folders, strict=True):
             source = Source(DiskReceiver(folder), on_device=False)
-            worker.__dict__.update(device=torch.device("cpu"), prl_sources={run_dir: source})
+            runner = SimpleNamespace(get_model=lambda: torch.nn.Module())
+            worker.__dict__.update(
+                device=torch.device("cpu"), prl_sources={run_dir: source}, model_runner=runner, vllm_config=None
+            )
+
+    async def pause(self, *, clear_cache: bool) -> None:
+        assert not clear_cache
+
+    async def resume(self) -> None:
+        """Nothing was computed."""
 
     async def call(self, method: str, **arguments: Any) -> list[Any]:
         try:
@@ -63,3 +73,39 @@ def test_a_version_that_one_copy_lacks_is_not_prepared(tmp_path: Path) -> None:
     for folders in (("first", "second"), ("second", "first")):
         with pytest.raises(RefusedError, match=r"version 3 cannot be prepared: .* is not in .*second"):
             asyncio.run(prepare(*folders))
+
+
+# --- reading back -----------------------------------------------------------------------------------------------------
+SENT = 77
+
+
+def read_back(copies: Copies, monkeypatch: pytest.MonkeyPatch, *served: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """The engine's page, where its copies serve that, name -> (checksum, elements), and were sent tensor `a`."""
+    found = dict(zip(map(id, copies.workers), served, strict=True))
+    for worker in copies.workers:
+        worker.__dict__["prl_served"] = Staged(3, checksums={"a": SENT}, tensors={"a": torch.zeros(5, 3)})
+    monkeypatch.setattr(
+        "prl_vllm.inside.worker.checksums",
+        lambda loader, tensors, names: [(name, *said) for name, said in found[id(loader.worker)].items()],
+    )
+
+    async def ask() -> dict[str, int]:
+        return dict(await engine(copies).read_back())
+
+    return asyncio.run(ask())
+
+
+def test_every_copy_is_compared_with_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Copies("run", tmp_path, tmp_path)
+    right, wrong = {"a": (SENT, 15)}, {"a": (SENT + 1, 15)}
+    assert read_back(copies, monkeypatch, right, right) == {"a": SENT}
+    for served in ((right, wrong), (wrong, right)):
+        with pytest.raises(RefusedError, match=r"version 3 is not served as it was sent: 1 of 1 tensors .*, first a"):
+            read_back(copies, monkeypatch, *served)
+
+
+def test_a_tensor_must_be_served_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Copies("run", tmp_path)
+    with pytest.raises(RefusedError, match="the workers serve 14 of the 15 elements of tensor a"):
+        read_back(copies, monkeypatch, {"a": (SENT, 14)})
+    assert read_back(copies, monkeypatch, {}) == {}

@@ -142,6 +142,7 @@ def test_what_connectors_are_told_is_among_the_sampling_parameters_too() -> None
 class Section:
     enable_return_routed_experts: bool = False
     kv_connector: str | None = None
+    kv_connector_extra_config: dict[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -157,15 +158,31 @@ class Config:
             raise ValueError("incompatible with KV connectors")
 
 
-def test_routes_beside_nixl_are_not_refused_and_still_reported() -> None:
-    config = Config(Section(True), Section(kv_connector="NixlConnector"))
+def several(*names: str) -> Section:
+    connectors = [{"kv_connector": name, "kv_role": "kv_both"} for name in names]
+    return Section(kv_connector="MultiConnector", kv_connector_extra_config={"connectors": connectors})
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        Section(kv_connector="NixlConnector"),
+        Section(kv_connector="OffloadingConnector"),
+        several("NixlConnector", "OffloadingConnector"),
+    ],
+)
+def test_routes_beside_hand_over_and_tiers_are_not_refused_and_still_reported(transfer: Section) -> None:
+    config = Config(Section(True), transfer)
     handed_routes.unrefused(Config.check)(config)
     assert config.seen is False
     assert config.model_config.enable_return_routed_experts
 
 
-def test_routes_beside_tiers_stay_refused() -> None:
-    config = Config(Section(True), Section(kv_connector="MultiConnector"))
+@pytest.mark.parametrize(
+    "transfer", [Section(kv_connector="LMCacheConnector"), several("NixlConnector", "LMCacheConnector"), several()]
+)
+def test_routes_beside_other_connectors_stay_refused(transfer: Section) -> None:
+    config = Config(Section(True), transfer)
     with pytest.raises(ValueError, match="incompatible"):
         handed_routes.unrefused(Config.check)(config)
 

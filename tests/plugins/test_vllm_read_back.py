@@ -1,9 +1,15 @@
-"""Experts that vLLM's CPU backend has packed for its kernels are read back bit for bit, in every layout and dtype."""
+"""What a worker serves of a tensor is read back; experts that vLLM's CPU backend packs come back as they were."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from prl_vllm.inside.read_back import Placed, _read
+from torch import Tensor, nn
 
 from tests.plugins.served_vllm import needs_vllm
 
@@ -32,3 +38,63 @@ def test_packed_experts_come_back_as_they_were_loaded() -> None:
     assert done.returncode == 0, done.stderr
     assert "vec torch.float32" in done.stdout
     assert "torch.bfloat16" in done.stdout
+
+
+# --- one worker's part ------------------------------------------------------------------------------------------------
+SENT = torch.arange(24.0).reshape(6, 4) / 8
+
+
+def rows(first: int, count: int) -> Callable[[Tensor, Tensor], None]:
+    def load(parameter: Tensor, tensor: Tensor) -> None:
+        parameter[:count].copy_(tensor[first : first + count])
+
+    return load
+
+
+def columns(parameter: Tensor, tensor: Tensor) -> None:
+    parameter.copy_(tensor[:, 2:])
+
+
+def elsewhere(parameter: Tensor, tensor: Tensor) -> bool:
+    return False
+
+
+def decay(parameter: Tensor, tensor: Tensor) -> None:
+    parameter.copy_(-torch.exp(tensor.float()))
+
+
+def served(load: Callable[[Tensor, Tensor], object], *shape: int, change: float = 0.0) -> Placed:
+    """What a loader makes of the sent tensor, its last element changed."""
+    layer = nn.Module()
+    weight = torch.zeros(shape)
+    load(weight, SENT)
+    weight.view(-1)[-1] += change
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return Placed(layer, "weight", load, weight.shape, torch.Tensor, {})
+
+
+@pytest.mark.parametrize(
+    ("load", "shape", "elements"),
+    [(rows(0, 6), (6, 4), 24), (rows(2, 3), (3, 4), 12), (columns, (6, 2), 12), (decay, (6, 4), 24)],
+)
+def test_a_part_is_as_it_was_sent_or_seen_to_differ(
+    load: Callable[[Tensor, Tensor], object], shape: tuple[int, int], elements: int
+) -> None:
+    seen, held = _read(SENT, [served(load, *shape)])
+    assert (seen.tolist(), held) == (SENT.flatten().tolist(), elements)
+    seen, held = _read(SENT, [served(load, *shape, change=1.0)])
+    assert held == elements
+    assert not seen.equal(SENT.flatten())
+
+
+def test_of_two_places_none_hides_the_other() -> None:
+    for changes in ((0.0, 1.0), (1.0, 0.0)):
+        seen, held = _read(SENT, [served(rows(0, 6), 6, 4, change=change) for change in changes])
+        assert (held, seen[-1].item()) == (24, SENT[-1, -1].item() + 1)
+    seen, held = _read(SENT, [served(rows(0, 2), 2, 4), served(rows(2, 4), 4, 4)])
+    assert (seen.tolist(), held) == (SENT.flatten().tolist(), 24)
+
+
+def test_what_others_have_is_not_there() -> None:
+    assert _read(SENT, [served(elsewhere, 6, 4)])[1] == 0
+    assert _read(SENT, [])[1] == 0

@@ -79,7 +79,8 @@ def test_both_copies_sample_under_the_weights_of_both_versions(engine: Served) -
     before = _generated(engine)
     for version in (0, 1):
         if version:
-            engine.publish(version, seed=2)
+            manifest = engine.publish(version, seed=2)
+            assert engine.get("/weights/checksums") == {record.name: record.checksum for record in manifest.tensors}
         gaps = engine.run(_gaps(engine, engine.prompts(3, 40, 17, 8, 21, 5, 9, 12, seed=version)))
         assert len(gaps) == 8 * 2 * 16
         assert k3(gaps) < 1e-10

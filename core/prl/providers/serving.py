@@ -112,6 +112,11 @@ class WeightSender(Protocol):
 
 class WeightReceiver(Protocol):
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of every part, verified; InfrastructureError names the tensor whose checksum differs."""
+        """Every tensor of every part, verified; InfrastructureError names the tensor whose checksum differs.
+
+        A manifest may lack tensors that were sent (`Manifest.only`): no byte of theirs need be read or moved. Each
+        comes where the transport has it, in host memory or on this thread's device. Whoever wants it elsewhere copies
+        it, and does so before taking the next, for all of them may not fit there.
+        """
 
     def close(self) -> None: ...

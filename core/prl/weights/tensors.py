@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prl.errors import InfrastructureError, RunError
 from prl.types import TensorRecord
+from prl.weights import crc
 
 
 class Output(Protocol):
@@ -88,7 +89,7 @@ def _write_at(descriptor: int, offset: int, name: str, tensor: Tensor) -> Tensor
     written = 0
     while written < content.nbytes:
         written += os.pwrite(descriptor, content[written:], offset + written)
-    return _record(name, tensor, content, offset)
+    return record_of(name, tensor, offset, zlib.crc32(content))
 
 
 def write_safetensors(file: Output, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
@@ -139,14 +140,16 @@ def read_tensors(path: Path, records: Sequence[TensorRecord], *, what: str) -> I
     yield from verified(content, records, what=what)
 
 
-def verified(content: memoryview, records: Sequence[TensorRecord], *, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Every recorded tensor as a view of these bytes; raises as `read_tensors` does."""
+def verified(
+    content: memoryview, records: Sequence[TensorRecord], *, what: str, start: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Every recorded tensor as a view of these bytes, of which byte `start` is the first; raises as `read_tensors`."""
     if sum(record.nbytes for record in records) < THREADS * LARGE:
         for record in records:
-            yield record.name, _read(content, record, what)
+            yield record.name, _read(content, record, what, start)
         return
     with ThreadPoolExecutor(THREADS) as pool:
-        read = [(record.name, pool.submit(_read, content, record, what)) for record in records]
+        read = [(record.name, pool.submit(_read, content, record, what, start)) for record in records]
         try:
             for name, tensor in read:
                 yield name, tensor.result()
@@ -154,23 +157,45 @@ def verified(content: memoryview, records: Sequence[TensorRecord], *, what: str)
             pool.shutdown(cancel_futures=True)
 
 
-def _read(content: memoryview, record: TensorRecord, what: str) -> Tensor:
-    dtype = getattr(torch, record.dtype, None)
-    count = math.prod(record.shape)
-    sound = min((record.offset, *record.shape)) >= 0
-    if not isinstance(dtype, torch.dtype) or not sound or count * dtype.itemsize != record.nbytes:
-        raise InfrastructureError(f"{what}: the record of tensor {record.name} contradicts itself: {record}")
-    end = record.offset + record.nbytes
-    if end > len(content):
-        raise InfrastructureError(f"{what}: tensor {record.name} ends at byte {end}, the file at byte {len(content)}")
-    if count == 0:
+def verified_on_device(
+    content: Tensor, records: Sequence[TensorRecord], *, what: str, start: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """As `verified`, of bytes [N] uint8 on a device, where the checksums are computed."""
+    tensors = []
+    for record in records:
+        dtype, first = _place(record, len(content), what, start)
+        tensors.append(content[first : first + record.nbytes].view(dtype).reshape(record.shape))
+    for record, tensor, seen in zip(records, tensors, crc.of_tensors(tensors), strict=True):
+        _expect(record, seen, what)
+        yield record.name, tensor
+
+
+def _read(content: memoryview, record: TensorRecord, what: str, start: int) -> Tensor:
+    dtype, first = _place(record, len(content), what, start)
+    if record.nbytes == 0:
         return torch.empty(record.shape, dtype=dtype)
-    seen = zlib.crc32(content[record.offset : end])
+    _expect(record, zlib.crc32(content[first : first + record.nbytes]), what)
+    count = record.nbytes // dtype.itemsize
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=first).reshape(record.shape)
+
+
+def _place(record: TensorRecord, size: int, what: str, start: int) -> tuple[torch.dtype, int]:
+    """Type of a recorded tensor, and where it begins in so many bytes from byte `start` on."""
+    dtype = getattr(torch, record.dtype, None)
+    sound = min((record.offset, *record.shape)) >= 0
+    if not isinstance(dtype, torch.dtype) or not sound or math.prod(record.shape) * dtype.itemsize != record.nbytes:
+        raise InfrastructureError(f"{what}: the record of tensor {record.name} contradicts itself: {record}")
+    if not start <= record.offset <= record.offset + record.nbytes <= start + size:
+        end = record.offset + record.nbytes
+        raise InfrastructureError(f"{what}: tensor {record.name} ends at byte {end}, the file at byte {start + size}")
+    return dtype, record.offset - start
+
+
+def _expect(record: TensorRecord, seen: int, what: str) -> None:
     if seen != record.checksum:
         raise InfrastructureError(
             f"{what}: tensor {record.name} has checksum {seen:08x} where {record.checksum:08x} was written"
         )
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=record.offset).reshape(record.shape)
 
 
 def _append(file: Output, tensors: Iterable[tuple[str, Tensor]], *, alignment: int) -> Iterator[TensorRecord]:
@@ -178,17 +203,17 @@ def _append(file: Output, tensors: Iterable[tuple[str, Tensor]], *, alignment: i
         file.write(b"\0" * (-file.tell() % alignment))
         offset, content = file.tell(), tensor_bytes(tensor)
         file.write(content)
-        yield _record(name, tensor, content, offset)
+        yield record_of(name, tensor, offset, zlib.crc32(content))
 
 
-def _record(name: str, tensor: Tensor, content: memoryview, offset: int) -> TensorRecord:
+def record_of(name: str, tensor: Tensor, offset: int, checksum: int) -> TensorRecord:
     return TensorRecord(
         name=name,
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),
         offset=offset,
-        nbytes=content.nbytes,
-        checksum=zlib.crc32(content),
+        nbytes=tensor.nbytes,
+        checksum=checksum,
     )
 
 

@@ -11,7 +11,7 @@ from prl.compose.config import Run
 
 from prl_vllm import release
 from prl_vllm.config import KvTiers, Parallel, Prefill, VllmConfig
-from prl_vllm.inside import HANDOVER, ROUTE_BYTES, ROUTES, SWITCH
+from prl_vllm.inside import HANDOVER, ROUTE_BYTES, ROUTES, SWITCH, TIERS
 
 CPU_KV_CACHE_BYTES = 256 << 20
 EXTENSION = "prl_vllm.inside.worker.Extension"
@@ -86,7 +86,7 @@ def _parallel(parallel: Parallel) -> dict[str, Any]:
 
 def _kv_transfer(config: VllmConfig, *, cpu: bool, route_bytes: int, identity: str) -> dict[str, Any]:
     """Where keys and values go, and come from. What cannot be had from there is computed."""
-    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, route_bytes if cpu else 0)]
+    connectors = [*_hand_over(config.prefill, cpu=cpu), *_kv_tiers(config.kv_tiers, route_bytes)]
     if not connectors:
         return {}
     several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
@@ -145,6 +145,7 @@ def environment(
         **({**threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if cpu else {}),
         **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
         **({ROUTES: "1"} if routes else {}),
+        **({TIERS: "1"} if config.kv_tiers.host_bytes else {}),
         **(
             {
                 HANDOVER: "1",

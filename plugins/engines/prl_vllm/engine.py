@@ -16,7 +16,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -312,15 +314,30 @@ class Engine:
             raise RefusedError(500, str(broken)) from second
 
     async def read_back(self) -> Mapping[str, int]:
-        """Name -> checksum of every tensor as the first worker serves it; generation waits meanwhile."""
+        """Name -> checksum of every tensor that the first copy's workers serve; generation waits meanwhile.
+
+        RefusedError where any worker of any copy serves something else than it was sent, and where the first copy's
+        serve a tensor in part only.
+        """
         async with self._changing, self._door.closed():
             await self._api.pause(clear_cache=False)
             try:
-                first: Mapping[str, int] = (await self._api.call("prl_read_back", names=[]))[0]
+                workers = await self._api.call("prl_read_back", names=[])
+            except InfrastructureError as error:
+                raise RefusedError(502, str(error)) from error
             finally:
                 if not self._paused:
                     await self._api.resume()
-        return first
+        found: dict[str, int] = {}
+        elements: Counter[str] = Counter()
+        for worker in workers:
+            for name, (checksum, held) in worker.items():
+                found[name] = checksum
+                elements[name] += held
+        for name, held in elements.items():
+            if held < (whole := math.prod(self._shapes[name])):
+                raise RefusedError(502, f"the workers serve {held} of the {whole} elements of tensor {name}")
+        return found
 
     # --- what a person or the controller asks -------------------------------------------------------------------------
     async def statistics(self) -> Mapping[str, float]:

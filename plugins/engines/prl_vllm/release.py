@@ -51,6 +51,13 @@ def tells_versions() -> bool:
 
 
 @cache
+def keeps_routes_by_slot() -> bool:
+    """On GPUs a scheduler has the routes of every slot of the KV cache: until 0.29. Later ones name them by hashes."""
+    modules = _sources("model_executor/layers/fused_moe/routed_experts_capturer.py")
+    return any("class RoutedExpertsManager" in path.read_text(encoding="utf-8") for path in modules)
+
+
+@cache
 def variables() -> frozenset[str]:
     """Names of vLLM's environment variables."""
     words = (node.value for tree in _parse("envs.py") for node in ast.walk(tree) if isinstance(node, ast.Constant))

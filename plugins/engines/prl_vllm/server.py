@@ -26,7 +26,7 @@ from prl.errors import InfrastructureError, UserError
 from prl.serve.application import application, listening
 
 from prl_vllm import arguments as vllm
-from prl_vllm import handover, model_files, spanning
+from prl_vllm import handover, model_files, release, spanning
 from prl_vllm.api import VllmApi
 from prl_vllm.config import VllmConfig
 from prl_vllm.engine import Engine
@@ -111,10 +111,11 @@ async def _server(
     folder = context.run_dir.path / "engines" / "model"
     model_files.write(described, folder, length=length, cpu=cpu)
     route_bytes = described.route_bytes(replayed(context.composition))
-    if route_bytes and config.kv_tiers.host_bytes and not cpu:
+    if route_bytes and config.kv_tiers.host_bytes and not cpu and not release.keeps_routes_by_slot():
         raise UserError(
-            "engine.kv_tiers: on GPUs vLLM forgets the routes of what its tiers keep, and ends when it finds it again; "
-            'leave engine.kv_tiers out, or set trainer.router_replay = "off"'
+            f"engine.kv_tiers: on GPUs vLLM {release.installed()} forgets the routes of what its tiers keep, and ends "
+            "when it finds it again; install a release from 0.26 to 0.29, leave engine.kv_tiers out, or set "
+            'trainer.router_replay = "off"'
         )
     async with AsyncExitStack() as stack:
         identity = stack.enter_context(_identity(context))

@@ -1,16 +1,20 @@
-"""Engine side: asks every trainer rank for its part of a version, all at once, and verifies what comes.
+"""Engine side: asks every trainer rank for what it wants of its part, all at once, and verifies what comes.
 
-Nothing is kept between two versions, so that a trainer that was started again is a new address in the manifest and no
-more. Called in each worker of an engine, in a thread.
+Between two versions the group with each rank is kept, as long as its address is in the manifest: a trainer that was
+started again is a new address, and no more. Called in each worker of an engine, in a thread.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +22,213 @@ import attrs
 import torch
 from prl.errors import InfrastructureError
 from prl.run_dir import RunDir
-from prl.types import Manifest, WeightPart
-from prl.weights.tensors import verified
+from prl.types import Manifest, TensorRecord, WeightPart
+from prl.weights.tensors import ALIGNMENT, verified, verified_on_device
 from torch import Tensor
 from torch.distributed import TCPStore
 
 from prl_nccl import NcclConfig
-from prl_nccl.pair import RECEIVER, joined, name_of_device
+from prl_nccl.pair import RECEIVER, Pair, device_here, name_of
 
-THREADS = 8
+THREADS = 16
+"""Groups that are made at a time."""
 LONGEST_ANSWER = 4096
 """Bytes."""
+LOT = 128 << 20
+"""Bytes that are verified together."""
+WINDOW = 3 * LOT
+"""Bytes that are waited for at a time, from all ranks."""
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
+class Lot:
+    """Tensors of a part that lie side by side."""
+
+    records: Sequence[TensorRecord]
+
+    @property
+    def start(self) -> int:
+        return self.records[0].offset
+
+    @property
+    def end(self) -> int:
+        return self.records[-1].offset + self.records[-1].nbytes
+
+
+@attrs.frozen(eq=False)
+class Link:
+    """A trainer rank, and the group with it."""
+
+    location: str
+    connection: socket.socket
+    lines: Any
+    pair: Pair
+
+    def ask(self, version: int, lots: Sequence[Lot], deadline: float) -> dict[str, Any]:
+        """What the rank answers; if it has the version, its bytes come next."""
+        question = {"version": version, "ranges": [(lot.start, lot.end) for lot in lots]}
+        return _asked(self.connection, self.lines, question, deadline)
+
+    def close(self) -> None:
+        self.pair.close()
+        self.lines.close()
+        self.connection.close()
+
+
+@attrs.frozen(eq=False)
 class NcclReceiver:
     """One worker of an engine."""
 
     config: NcclConfig
     token: str
+    _links: dict[str, Link] = attrs.field(factory=dict)
+    """Location -> the group with that rank, while no version comes through it."""
 
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, verified, in host memory.
+        """Every tensor, verified: on this thread's GPU where NCCL brings it there, else in host memory.
+
+        Who copies each and gives it up before taking the next needs room for `WINDOW` on the device, and no more.
 
         Raises:
             InfrastructureError: a rank is gone, has the version no more, or its bytes are not those that were sent.
         """
         what = f"weights of version {manifest.version}"
-        device = name_of_device()
-        with ThreadPoolExecutor(THREADS) as pool:
-            coming = [pool.submit(self._fetch, part, manifest.version, device, what) for part in manifest.parts]
-            contents = [part.result() for part in coming]
-        for part, content in zip(manifest.parts, contents, strict=True):
-            yield from verified(content, part.tensors, what=what)
-
-    def _fetch(self, part: WeightPart, version: int, device: str, what: str) -> memoryview:
-        """The bytes of one rank's part."""
-        nbytes = max((record.offset + record.nbytes for record in part.tensors), default=0)
-        seconds = self.config.patience(nbytes)
+        deadline = time.monotonic() + self.config.patience(manifest.nbytes)
+        coming = [(part.location, _lots(part)) for part in manifest.parts if part.tensors]
+        links: list[Link] = []
         try:
-            with socket.create_connection(_address(part.location, what), timeout=seconds) as connection:
-                ask = {"token": self.token, "version": version, "device": device}
-                answer = _answered(connection, ask)
-                if "error" in answer:
-                    raise InfrastructureError(f"{what}: {answer['error']}")
-                if answer["nbytes"] != nbytes:
-                    raise InfrastructureError(
-                        f"{what}: {part.location} has {answer['nbytes']} bytes where {nbytes} were announced"
-                    )
-                content = torch.empty(nbytes, dtype=torch.uint8)
-                self._pull(content, answer, connection, seconds)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:  # torch's are RuntimeErrors
-            raise InfrastructureError(f"{what} did not come from {part.location}: {error!s:.500}") from error
-        return content.numpy().data
+            self._begin(coming, links, manifest.version, deadline, what)
+            yield from _arriving([(link, lots) for link, (_, lots) in zip(links, coming, strict=True)], deadline, what)
+        except BaseException:  # also where whoever fetches does not go on
+            for link in links:
+                link.close()
+            raise
+        for link in links:
+            self._keep(link)
+        for location in self._links.keys() - {part.location for part in manifest.parts}:
+            self._links.pop(location).close()
 
-    def _pull(self, content: Tensor, answer: dict[str, Any], connection: socket.socket, seconds: float) -> None:
-        there, here = connection.getpeername()[0], connection.getsockname()[0]
-        patience = timedelta(seconds=seconds)
-        store = TCPStore(there, int(answer["port"]), is_master=False, timeout=patience)
-        with joined(answer["backend"], RECEIVER, store, address=here, seconds=seconds) as pair:
-            pair.pull(content)
+    def _begin(
+        self, coming: Sequence[tuple[str, Sequence[Lot]]], links: list[Link], version: int, deadline: float, what: str
+    ) -> None:
+        """Ask every rank for these lots, all at once; `links` are those that were made, also when another is not."""
+        device = device_here()
+        with ThreadPoolExecutor(THREADS) as pool:
+            asked = [pool.submit(self._ask, *rank, version, device, deadline, what) for rank in coming]
+        failed = [future.exception() for future in asked]
+        links += [future.result() for future, error in zip(asked, failed, strict=True) if error is None]
+        if (error := next(filter(None, failed), None)) is not None:
+            raise error
+
+    def _ask(
+        self, location: str, lots: Sequence[Lot], version: int, device: torch.device, deadline: float, what: str
+    ) -> Link:
+        """The link through which they come; where one was kept that stands no more, it is made anew."""
+        with _naming(what, location):
+            answer = None
+            if (link := self._links.pop(location, None)) is not None:
+                try:
+                    answer = link.ask(version, lots, deadline)
+                except (OSError, ValueError):
+                    link.close()
+            if link is None or answer is None:
+                link = self._connected(location, device, deadline, what)
+                answer = link.ask(version, lots, deadline)
+            if "error" in answer:
+                link.close()
+                raise InfrastructureError(f"{what}: {answer['error']}")
+            return link
+
+    def _connected(self, location: str, device: torch.device, deadline: float, what: str) -> Link:
+        seconds = _left(deadline)
+        connection = socket.create_connection(_address(location, what), timeout=seconds)
+        lines = connection.makefile("rb")
+        try:
+            answer = _asked(connection, lines, {"token": self.token, "device": name_of(device)}, deadline)
+            if "error" in answer:
+                raise InfrastructureError(f"{what}: {answer['error']}")
+            there = connection.getpeername()[0]
+            store = TCPStore(there, int(answer["port"]), is_master=False, timeout=timedelta(seconds=seconds))
+            seconds = _left(deadline)
+            pair = Pair.join(answer["backend"], RECEIVER, store, connection=connection, device=device, seconds=seconds)
+        except BaseException:
+            lines.close()
+            connection.close()
+            raise
+        return Link(location, connection, lines, pair)
+
+    def _keep(self, link: Link) -> None:
+        if (other := self._links.get(link.location)) is not None:  # two versions came at a time
+            other.close()
+        self._links[link.location] = link
 
     def close(self) -> None:
-        """Nothing is held."""
+        while self._links:
+            self._links.popitem()[1].close()
 
 
-def _answered(connection: socket.socket, ask: dict[str, Any]) -> dict[str, Any]:
-    connection.sendall(json.dumps(ask).encode() + b"\n")
-    with connection.makefile("rb") as lines:
-        answer: dict[str, Any] = json.loads(lines.readline(LONGEST_ANSWER))
+def _lots(part: WeightPart) -> list[Lot]:
+    """In the order of their bytes; what lies between two wanted tensors parts them, unless it is only to align."""
+    lots: list[list[TensorRecord]] = []
+    end = nbytes = 0
+    for record in sorted(part.tensors, key=lambda record: record.offset):
+        if not lots or record.offset - end >= ALIGNMENT or nbytes + record.nbytes > LOT:
+            lots.append([])
+            nbytes = 0
+        lots[-1].append(record)
+        nbytes += record.nbytes
+        end = record.offset + record.nbytes
+    return [Lot(records) for records in lots]
+
+
+def _arriving(coming: Sequence[tuple[Link, Sequence[Lot]]], deadline: float, what: str) -> Iterator[tuple[str, Tensor]]:
+    """From all ranks in turn, a window ahead of what is verified."""
+    turns = zip_longest(*([(link, lot) for lot in lots] for link, lots in coming))
+    ahead: deque[tuple[Link, Lot, Tensor, list[Any]]] = deque()
+    nbytes = 0
+    for link, lot in filter(None, chain.from_iterable(turns)):
+        while ahead and nbytes + lot.end - lot.start > WINDOW:
+            nbytes -= len(ahead[0][2])
+            yield from _landed(*ahead.popleft(), deadline, what)
+        with _naming(what, link.location):
+            ahead.append((link, lot, *link.pair.post(lot.start, lot.end)))
+        nbytes += lot.end - lot.start
+    while ahead:
+        yield from _landed(*ahead.popleft(), deadline, what)
+
+
+def _landed(
+    link: Link, lot: Lot, content: Tensor, works: list[Any], deadline: float, what: str
+) -> Iterator[tuple[str, Tensor]]:
+    with _naming(what, link.location):
+        for work in works:
+            link.pair.wait(work, deadline)
+    if content.is_cuda:
+        with link.pair.on_stream():
+            tensors = list(verified_on_device(content, lot.records, what=what, start=lot.start))
+        yield from tensors
+    else:
+        yield from verified(content.numpy().data, lot.records, what=what, start=lot.start)
+
+
+@contextmanager
+def _naming(what: str, location: str) -> Iterator[None]:
+    """Whatever fails in the block is that rank's."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # torch's are RuntimeErrors
+        raise InfrastructureError(f"{what} did not come from {location}: {error!s:.500}") from error
+
+
+def _asked(connection: socket.socket, lines: Any, question: dict[str, Any], deadline: float) -> dict[str, Any]:
+    connection.settimeout(_left(deadline))
+    connection.sendall(json.dumps(question).encode() + b"\n")
+    answer: dict[str, Any] = json.loads(lines.readline(LONGEST_ANSWER))
     return answer
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _address(location: str, what: str) -> tuple[str, int]:

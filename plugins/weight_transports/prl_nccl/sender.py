@@ -1,13 +1,18 @@
-"""Trainer side: a rank keeps its part of the newest versions in host memory and sends it to whoever asks.
+"""Trainer side: a rank keeps its part of the newest versions in host memory and sends what it is asked for.
 
-    engine's worker ── token, version, device ──► this rank's socket
+    engine's worker ── token, device ──► this rank's socket
                     ◄── port of a store, backend ──
-                    ◄══ process group of the two: the bytes of the part ══
-                    ── closes the socket: everything arrived ──►
+                    ══ process group of the two ══
+    for each version:
+                    ── version, ranges of bytes ──►
+                    ◄── whether it is here ──
+                    ◄══ the bytes ══
 
-Each transfer has a thread, a store and a group of its own: a receiver that is lost or hangs costs its thread until the
-deadline, and nobody else anything. The newest `KEPT` versions exist at a time, so that a lost `retire` cannot fill the
-memory; who asks for an older one is told that it is gone.
+Each worker has a thread, a store and a group of its own for as long as its connection stands: one that is lost ends
+them, one that hangs in a transfer does at its deadline, and neither costs anybody else anything. The newest `KEPT`
+versions exist at a time, so that a lost `retire` cannot fill the memory; who asks for an older one is told that it is
+gone. The memory is the host's, pinned where the rank computes on a GPU: the weights themselves change with the next
+step, and the device has no room for them twice.
 """
 
 from __future__ import annotations
@@ -15,49 +20,52 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import mmap
-import os
+import socket
 import socketserver
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
-import torch
 from prl import network
 from prl.compose.compose import open_run
 from prl.run_dir import RunDir
 from prl.train.rendezvous import kept_store
 from prl.types import Manifest
-from prl.weights.tensors import write_raw
+from prl.weights.host_memory import HostMemory, cells, hold
 from torch import Tensor
 
 from prl_nccl import NcclConfig
-from prl_nccl.pair import SENDER, backend_for, joined, name_of_device
+from prl_nccl.pair import SENDER, Pair, backend_for, device_here, name_of
 
 log = logging.getLogger(__name__)
 
 KEPT = 3
-LONGEST_ASK = 4096
-"""Bytes."""
-ASK_SECONDS = 30.0
+LONGEST_HELLO = 4096
+"""Bytes, of somebody unknown."""
+LONGEST_ASK = 16 << 20
+"""Bytes: 100,000 tensors that do not lie side by side are 2.5 MB."""
+HELLO_SECONDS = 30.0
 
 
 class NcclSender:
     """One trainer rank's part of every version."""
 
     def __init__(self, *, address: str, token: str, patience: Callable[[int], float]) -> None:
-        self._held: dict[int, Tensor] = {}
-        """Version -> [bytes] uint8."""
+        self._held: dict[int, HostMemory] = {}
         self._address = address
         self._token = token
         self._patience = patience
-        self._device = "cpu"
+        self._device = device_here()
         self._server = _Server((address, 0), self)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+        self._counting = threading.Lock()
+        self.sent_bytes: dict[int, int] = {}
+        """Version -> bytes that workers have been sent of it."""
 
     @property
     def location(self) -> str:
@@ -65,23 +73,23 @@ class NcclSender:
         return f"{host!s}:{port}"
 
     def send(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
-        """Keep this rank's part of a version; the oldest beyond `KEPT` goes."""
-        with _anonymous_file() as file:
-            records = write_raw(file, self._noting_device(tensors))
-            size = os.fstat(file.fileno()).st_size
-            self._held[version] = _mapped(file, size)
-        for old in sorted(self._held)[:-KEPT]:
+        """Keep this rank's part of a version; the oldest beyond `KEPT` goes, and this one takes its memory."""
+        for old in sorted(self._held.keys() - {version})[: 1 - KEPT]:
             self.retire(old)
+        memory = HostMemory(pinned=self._device.type == "cuda")
+        records = hold(memory, self._noting_device(memory, tensors))
+        self._held[version] = memory
         return Manifest.single(version=version, location=self.location, tensors=records)
 
-    def _noting_device(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _noting_device(self, memory: HostMemory, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             if tensor.is_cuda:
-                self._device = name_of_device()
+                self._device, memory.pinned = tensor.device, True
             yield name, tensor
 
     def retire(self, version: int) -> None:
         self._held.pop(version, None)
+        self.sent_bytes.pop(version, None)
 
     def close(self) -> None:
         """Who asks from now on is refused; what is being sent arrives, if this process lives that long."""
@@ -89,24 +97,36 @@ class NcclSender:
         self._server.server_close()
         self._held.clear()
 
-    # --- a transfer, in its own thread --------------------------------------------------------------------------------
-    def serve(self, ask: dict[str, Any], answer: Callable[[dict[str, Any]], None], done: Callable[[], None]) -> None:
-        """Send what is asked for, or say why not; RuntimeError when the other side is lost."""
-        content, refusal = self._held.get(ask["version"]), ""
-        if not hmac.compare_digest(str(ask["token"]), self._token):
-            refusal = "the token is not this run's"
-        elif content is None:
-            refusal = f"version {ask['version']} is gone from {self.location}"
-        if content is None or refusal:
-            answer({"error": refusal})
-            return
-        backend = backend_for(self._device, str(ask["device"]))
-        seconds = self._patience(len(content))
+    # --- a worker, in its own thread ----------------------------------------------------------------------------------
+    def meet(
+        self, hello: dict[str, Any], connection: socket.socket, answer: Callable[[dict[str, Any]], None]
+    ) -> Pair | None:
+        """The group with whoever says hello, None where it is refused; RuntimeError when the other side is lost."""
+        if not hmac.compare_digest(str(hello["token"]), self._token):
+            answer({"error": "the token is not this run's"})
+            return None
+        backend = backend_for(name_of(self._device), str(hello["device"]))
+        seconds = self._patience(0)
         port, store = kept_store(self._address, timedelta(seconds=seconds))
-        answer({"port": port, "backend": backend, "nbytes": len(content)})
-        with joined(backend, SENDER, store, address=self._address, seconds=seconds) as pair:
-            pair.push(content)
-            done()  # what was sent may not have left this process yet
+        answer({"port": port, "backend": backend})
+        return Pair.join(backend, SENDER, store, connection=connection, device=self._device, seconds=seconds)
+
+    def serve(self, pair: Pair, ask: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+        """Send what is asked for, or say why not; RuntimeError when the other side is lost."""
+        version, memory = int(ask["version"]), self._held.get(int(ask["version"]))
+        if memory is None:
+            answer({"error": f"version {version} is gone from {self.location}"})
+            return
+        try:
+            spans = [memory.span(*cell) for start, end in ask["ranges"] for cell in cells(start, end)]
+        except IndexError as error:
+            answer({"error": f"version {version} at {self.location} is another: {error}"})
+            return
+        nbytes = sum(map(len, spans))
+        with self._counting:
+            self.sent_bytes[version] = self.sent_bytes.get(version, 0) + nbytes
+        answer({"nbytes": nbytes})
+        pair.push(spans, time.monotonic() + self._patience(nbytes))
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -115,39 +135,44 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: tuple[str, int], sender: NcclSender) -> None:
         self.sender = sender
+        self.connections: set[socket.socket] = set()
+        self.closed = False
         super().__init__(address, _Handler)
+
+    def server_close(self) -> None:
+        """Nobody is heard any more, on connections that stand either."""
+        self.closed = True
+        super().server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
 
 class _Handler(socketserver.StreamRequestHandler):
-    timeout = ASK_SECONDS
+    timeout = HELLO_SECONDS
 
     def handle(self) -> None:
-        """One transfer. The other side notices by itself when it fails; this one only says so."""
-        sender = cast(_Server, self.server).sender
+        """One worker. The other side notices by itself when it fails; this one only says so."""
+        server, pair = cast(_Server, self.server), None
+        server.connections.add(self.connection)
         try:
-            sender.serve(dict(json.loads(self.rfile.readline(LONGEST_ASK))), self._answer, self._done)
+            hello = dict(json.loads(self.rfile.readline(LONGEST_HELLO)))
+            pair = server.sender.meet(hello, self.connection, self._answer)
+            if pair is None:
+                return
+            self.connection.settimeout(None)  # until the next version
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            while (line := self.rfile.readline(LONGEST_ASK)) and not server.closed:
+                server.sender.serve(pair, dict(json.loads(line)), self._answer)
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:  # torch's are RuntimeErrors
             log.warning("%s was sent no weights: %s", self.client_address[0], error)
+        finally:
+            server.connections.discard(self.connection)
+            if pair is not None:
+                pair.close()
 
     def _answer(self, answer: dict[str, Any]) -> None:
         self.wfile.write(json.dumps(answer).encode() + b"\n")
-
-    def _done(self) -> None:
-        self.rfile.read(1)
-
-
-def _anonymous_file() -> BinaryIO:
-    """Memory where there are files of it, else a file without a name."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("prl-nccl"), "w+b")
-    return cast(BinaryIO, tempfile.TemporaryFile())
-
-
-def _mapped(file: BinaryIO, size: int) -> Tensor:
-    """[size] uint8; it stays when the file is closed."""
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
 
 
 def send(config: NcclConfig, run_dir: Path, rank: int) -> NcclSender:

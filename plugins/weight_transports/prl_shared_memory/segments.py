@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import attrs
-from prl.errors import InfrastructureError
+from prl.errors import InfrastructureError, UserError
 from prl.providers import WeightSender
-from prl.types import Manifest, WeightPart
+from prl.types import Manifest
 from prl.weights.tensors import inside, read_tensors, write_atomically, write_raw
 from torch import Tensor
 
-from prl_shared_memory import SharedMemoryConfig
+from prl_shared_memory import SharedMemoryConfig, cuda, device
 
 KEPT = 3
 _DESCRIPTOR = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
@@ -99,25 +99,34 @@ class SharedMemoryReceiver:
 
     folder: Path
     """Where the `FileSender`s of the run write."""
+    gpu: device.Device = attrs.field(factory=cuda.Cuda)
 
     def fetch(self, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
         what = f"weights of version {manifest.version}"
         for part in manifest.parts:
-            yield from read_tensors(self._path(part, manifest.version, what), part.tensors, what=what)
-
-    def _path(self, part: WeightPart, version: int, what: str) -> Path:
-        if not _DESCRIPTOR.fullmatch(part.location):
-            return inside(self.folder, part.location, what=what)
-        path = Path(part.location)
-        if not _is_segment(path, version):
-            raise InfrastructureError(f"{what}: {path} is gone")
-        return path
+            if not _DESCRIPTOR.fullmatch(part.location):
+                yield from read_tensors(inside(self.folder, part.location, what=what), part.tensors, what=what)
+                continue
+            path = Path(part.location)
+            if _is_open(path, _segment_name(manifest.version)):
+                yield from read_tensors(path, part.tensors, what=what)
+            elif _is_open(path, f"{device.NAME}{manifest.version}"):
+                if missing := cuda.problem():
+                    raise InfrastructureError(f"{what} wait on a GPU, and {missing}")
+                yield from device.fetch(self.gpu, path, part.tensors, what=what)
+            else:
+                raise InfrastructureError(f"{what}: {path} is gone")
 
     def close(self) -> None:
-        """Nothing is held: each tensor keeps the map it lies in."""
+        """Nothing is held: each tensor keeps the map it lies in, or is a copy."""
 
 
 def send(config: SharedMemoryConfig, run_dir: Path, rank: int) -> WeightSender:
+    """UserError where this process lacks what the config asks for."""
+    if config.memory == "device":
+        if missing := cuda.problem():
+            raise UserError(f'weights.memory = "device" needs a GPU here, and {missing}; choose "host"')
+        return device.DeviceSender(cuda.Cuda())
     if hasattr(os, "memfd_create"):
         return MemorySender()
     return FileSender(_folder(run_dir) / f"rank-{rank}")
@@ -136,9 +145,9 @@ def _segment_name(version: int) -> str:
     return f"prl-version-{version}"
 
 
-def _is_segment(link: Path, version: int) -> bool:
+def _is_open(link: Path, name: str) -> bool:
     """Descriptors are numbered anew: what the trainer has open there now may be something else, or a later version."""
     try:
-        return os.readlink(link).startswith(f"/memfd:{_segment_name(version)} ")
+        return os.readlink(link).startswith(f"/memfd:{name} ")
     except FileNotFoundError:
         return False

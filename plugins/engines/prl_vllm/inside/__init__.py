@@ -14,8 +14,10 @@ ROUTES = "PRL_VLLM_ROUTES"
 """Environment variable: `1` where the run replays routes."""
 HANDOVER = "PRL_VLLM_HANDOVER"
 """Environment variable: `1` where engines hand prompts to each other."""
+TIERS = "PRL_VLLM_TIERS"
+"""Environment variable: `1` where keys and values go to tiers behind the cache."""
 ROUTE_BYTES = "prl_route_bytes"
-"""Entry in the configuration of KV tiers: bytes of one token's routes, which a CPU keeps with its keys and values."""
+"""Entry in the configuration of KV tiers: bytes of one token's routes, which are kept with its keys and values."""
 KEY_VARIABLE = "PRL_VLLM_API_KEY"
 """Environment variable: the key of servers that are joined."""
 PROTOCOL = 2
@@ -48,3 +50,7 @@ def register() -> None:
         from prl_vllm.inside import handed_routes
 
         handed_routes.install()
+        if os.environ.get(TIERS) == "1":
+            from prl_vllm.inside import carried_routes
+
+            carried_routes.install()

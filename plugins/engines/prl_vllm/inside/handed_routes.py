@@ -1,10 +1,10 @@
-"""Routes in an engine whose prompts are computed by another, on GPUs and releases that refuse the two together.
+"""Routes beside connectors, on GPUs and releases that refuse the two together.
 
 vLLM 0.26 refuses `--enable-return-routed-experts` beside any connector (`vllm/config/vllm.py`, VllmConfig), because
-who samples does not know the routes of a prompt that another engine computed. Here they come from the engine
-that computed it, and such prompts share prefixes only with each other (`prl_vllm/handover.py`); what is asked of vLLM
-is what it computed itself. Tiers stay refused: their blocks come back into other slots of vLLM's table of routes. It
-goes when the oldest supported release refuses no more; 0.32 does not.
+who samples does not know the routes of a prompt that another engine computed, nor of a block that a tier kept. Here the
+former come from the engine that computed it, and such prompts share prefixes only with each other
+(`prl_vllm/handover.py`); the latter come from the tier (`carried_routes.py`). It goes when the oldest supported release
+refuses no more; 0.32 does not.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 from prl_vllm.inside.mends import wrap
 
 FLAG = "enable_return_routed_experts"
+SOUND = frozenset({"NixlConnector", "OffloadingConnector"})
 
 
 def install() -> None:
-    """The refusal is not asked where NIXL is the only connector."""
+    """The refusal is not asked where NIXL and tiers are the only connectors."""
     from vllm.config import VllmConfig
 
     wrap(VllmConfig, "__post_init__", unrefused)
@@ -28,8 +29,9 @@ def unrefused(check: Callable[..., None]) -> Callable[..., None]:
     """Around `VllmConfig.__post_init__`."""
 
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        model, transfer = self.model_config, self.kv_transfer_config
-        if not (getattr(model, FLAG, False) and getattr(transfer, "kv_connector", None) == "NixlConnector"):
+        model = self.model_config
+        connectors = _connectors(self.kv_transfer_config)
+        if not (getattr(model, FLAG, False) and connectors and connectors <= SOUND):
             check(self, *args, **kwargs)
             return
         setattr(model, FLAG, False)
@@ -39,3 +41,11 @@ def unrefused(check: Callable[..., None]) -> Callable[..., None]:
             setattr(model, FLAG, True)
 
     return post_init
+
+
+def _connectors(transfer: Any) -> frozenset[str]:
+    """Names of one or several."""
+    name = getattr(transfer, "kv_connector", None)
+    if name != "MultiConnector":
+        return frozenset({name} if name else ())
+    return frozenset(one["kv_connector"] for one in transfer.kv_connector_extra_config["connectors"])

@@ -5,7 +5,8 @@
 
 A linear layer whose kernel keeps only a packed copy is read through that kernel, with the identity as its input, which
 is exact. Where a loader computes instead of copying (a decay stored as its logarithm), what it makes of the sent tensor
-is compared instead. One worker's own part is read; tensors that are sharded over several workers come back partly.
+is compared instead. A worker reads what it serves of each tensor, and takes the rest from what was sent: the checksum
+is that of the sent tensor if and only if everything that it serves of it is right.
 """
 
 from __future__ import annotations
@@ -37,41 +38,60 @@ class Placed:
     attributes: dict[str, Any]
 
 
-def checksums(loader: Loader, tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[tuple[str, int]]:
-    """(name, zlib.crc32 of the served bytes) of the tensors in `names`, of all when it is empty.
+def checksums(loader: Loader, tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, zlib.crc32 with the served bytes, elements served) of the tensors in `names`, of all when it is empty.
 
-    A tensor that the model has no place for, and ignores, is not there.
+    A tensor of which this worker's model has nothing, since it ignores it or others have it, is not there.
     """
     wanted = {name: tensor for name, tensor in tensors.items() if not names or name in names}
     placed = _placements(loader, wanted)
     for name, tensor in wanted.items():
-        if placed[name]:
-            yield name, zlib.crc32(tensor_bytes(_read(tensor, placed[name])))
+        served, elements = _read(tensor, placed[name])
+        if elements:
+            yield name, zlib.crc32(tensor_bytes(served)), elements
 
 
-def _read(tensor: Tensor, places: list[Placed]) -> Tensor:
-    """The tensor as it is served, from the first place that has all of it."""
+def _read(tensor: Tensor, places: list[Placed]) -> tuple[Tensor, int]:
+    """The tensor with what is served of it, and how many of its elements are; wrong where any place is."""
+    flat = tensor.detach().cpu().flatten().clone()
+    seen = torch.zeros(len(flat), dtype=torch.bool)
+    elements = 0
     for place in places:
         served = unpacked(place.layer, place.parameter, place.shape)
         index = _scratch(place, torch.int64, served.device)
-        numbers = 1 + torch.arange(tensor.numel(), device=served.device)
-        place.load(index, numbers.reshape(tensor.shape))
+        place.load(index, 1 + torch.arange(len(flat), device=served.device).reshape(tensor.shape))
         held = index.flatten().nonzero().flatten()  # a small part of a parameter that all experts share
-        taken = index.flatten()[held]
-        if len(taken) == len(numbers) and taken.sort().values.equal(numbers):
-            flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=served.device)
-            flat[taken - 1] = served.flatten()[held].to(tensor.dtype)
-            return flat.reshape(tensor.shape)
-        if _computed_alike(place, tensor, served):
-            return tensor
-    return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.full_like(tensor, -1)
+        taken = index.flatten()[held].cpu() - 1
+        if _are_elements(taken, len(flat)):
+            values = served.flatten()[held].to(tensor.dtype).cpu()
+            if not _same_bytes(values, tensor.detach().cpu().flatten()[taken]):  # not to be hidden by another place
+                flat[taken] = values
+            seen[taken] = True
+        else:
+            alike, computed = _computed_alike(place, tensor, served)
+            elements += computed
+            if not alike:
+                flat.view(torch.uint8).bitwise_not_()
+    return flat, elements + int(seen.sum())
 
 
-def _computed_alike(place: Placed, tensor: Tensor, served: Tensor) -> bool:
+def _are_elements(taken: Tensor, count: int) -> bool:
+    """Whether these are places of a tensor of so many elements, each once at most."""
+    if not len(taken):
+        return True
+    return bool(taken.min() >= 0 and taken.max() < count) and len(taken.unique()) == len(taken)
+
+
+def _same_bytes(left: Tensor, right: Tensor) -> bool:
+    return left.contiguous().view(torch.uint8).equal(right.contiguous().view(torch.uint8))
+
+
+def _computed_alike(place: Placed, tensor: Tensor, served: Tensor) -> tuple[bool, int]:
+    """Whether what the loader makes of the tensor is what is served, and of how many elements it makes something."""
     expected = _scratch(place, served.dtype, served.device).fill_(torch.nan)
     place.load(expected, tensor.to(served.device))
     held = ~expected.isnan()
-    return bool(held.any()) and expected[held].equal(served[held])
+    return expected[held].equal(served[held]), int(held.sum())
 
 
 def _scratch(place: Placed, dtype: torch.dtype, device: torch.device) -> Tensor:

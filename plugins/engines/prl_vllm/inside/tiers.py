@@ -120,11 +120,11 @@ def _chunks(view: Any, blocks_per_chunk: int) -> NDArray[np.int8]:
 
 # --- where they are put in --------------------------------------------------------------------------------------------
 def with_room_for_routes(init: Callable[..., None]) -> Callable[..., None]:
-    """Around `CPUOffloadingSpec.__init__`, in the scheduler and in workers."""
+    """Around `CPUOffloadingSpec.__init__`, in the scheduler and in workers; `carried_routes.py` needs it too."""
 
     def initialise(self: Any, config: Any) -> None:
         route_bytes = int(config.extra_config.get(ROUTE_BYTES, 0))
-        more = route_bytes * config.groups[0].tokens_per_block
+        more = route_bytes * max(group.tokens_per_block for group in config.groups)
         init(self, replace(config, worker_kv_bytes_per_block=config.worker_kv_bytes_per_block + more))
 
     return initialise

@@ -6,9 +6,11 @@ in and JSON out. `prl_prepare` starts a thread, so that generation goes on; the 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from prl.compose.compose import open_run
 from prl.providers import WeightReceiver
 from prl.run_dir import RunDir
 from prl.types import Manifest
+from prl.weights.host_memory import HostMemory, Landing
 from torch import Tensor
 
 from prl_vllm.inside import PROTOCOL
 from prl_vllm.inside.loading import Loader
 from prl_vllm.inside.read_back import checksums
+from prl_vllm.inside.wanted import wanted
 from prl_vllm.release import tells_versions
 
 
@@ -34,8 +38,10 @@ class Staged:
 
     version: int
     thread: threading.Thread | None = None
+    checksums: dict[str, int] = attrs.field(factory=dict)
+    """Of what the trainer sent, by name."""
     tensors: dict[str, Tensor] | None = None
-    """In host memory."""
+    """Those that this worker loads, in host memory."""
     on_device: dict[str, Tensor] | None = None
     """The same until it is loaded, where the run stages versions on the device."""
     error: str = ""
@@ -54,8 +60,10 @@ class Extension:
         """Begin to fetch and verify a version; `prl_prepared` says how it went."""
         staged = Staged(int(manifest["version"]))
         source = _source(self.__dict__, run_dir)
-        arguments = (staged, source, _manifest(manifest), self.__dict__["device"])
-        staged.thread = threading.Thread(target=_fetch, args=arguments, daemon=True)
+        loader = Loader(self)
+        version = _manifest(manifest).only(wanted(loader.model, loader.config))
+        arguments = (staged, source, version, self.__dict__["device"])
+        staged.thread = threading.Thread(target=fetch, args=arguments, daemon=True)
         self.__dict__["prl_staged"] = staged
         staged.thread.start()
         return {}
@@ -112,14 +120,24 @@ class Extension:
         return {}
 
     def prl_read_back(self, names: list[str]) -> dict[str, Any]:
-        """Name -> checksum of what the served weights hold of a tensor, as the trainer computes it; all for no names.
+        """Name -> checksum, and number of elements that this worker serves, of these tensors; of all for no names.
 
-        For tests and inspection: it costs several times the size of the largest layer.
+        Raises when any is not what the trainer sent: that has to be known of every copy. For tests and inspection: it
+        costs several times the size of the largest layer.
         """
         served: Staged | None = self.__dict__.get("prl_served")
         if served is None or served.tensors is None:
             raise RuntimeError("nothing was committed yet")
-        return dict(checksums(Loader(self), served.tensors, frozenset(names)))
+        found = {
+            name: (checksum, elements)
+            for name, checksum, elements in checksums(Loader(self), served.tensors, frozenset(names))
+        }
+        if wrong := [name for name, (checksum, _) in found.items() if checksum != served.checksums[name]]:
+            raise RuntimeError(
+                f"version {served.version} is not served as it was sent: {len(wrong)} of {len(found)} tensors differ "
+                f"in the worker of process {os.getpid()}, first {wrong[0]}"
+            )
+        return found
 
 
 @attrs.frozen(eq=False)
@@ -150,23 +168,25 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def _fetch(staged: Staged, source: Source, manifest: Manifest, device: torch.device) -> None:
+def fetch(staged: Staged, source: Source, manifest: Manifest, device: torch.device) -> None:
     """In a thread of its own. Whatever is wrong with the version is the trainer's to know, never this process's end."""
     try:
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index)  # each thread has one of its own
-        tensors = dict(source.receiver.fetch(manifest))
-        if source.on_device:
-            staged.on_device = _copied(tensors, device)
-        staged.tensors = tensors
+            stream: AbstractContextManager[Any] = torch.Stream(device=device)  # what is computed waits for no copy
+        else:
+            stream = nullcontext()
+        staged.checksums = {record.name: record.checksum for record in manifest.tensors}
+        on_host, on_device = {}, {}
+        landing = Landing(HostMemory(pinned=True), device) if device.type == "cuda" else None
+        for name, tensor in source.receiver.fetch(manifest):
+            with stream:
+                if source.on_device:
+                    on_device[name] = tensor.to(device)
+            on_host[name] = landing.keep(tensor) if landing is not None and tensor.is_cuda else tensor.cpu()
+        if landing is not None:
+            landing.finish()
+        staged.tensors = on_host
+        staged.on_device = on_device or None
     except Exception as error:
         staged.error = f"{error}"
-
-
-def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """On a stream of their own: what is computed meanwhile does not wait for the copies."""
-    stream = torch.Stream(device=device)
-    with stream:
-        copies = {name: tensor.to(device) for name, tensor in tensors.items()}
-    stream.synchronize()
-    return copies
