@@ -25,6 +25,7 @@ from prl_local.devices import found
 from benchmarks.vllm_gpu import ROOT, write_prompts
 from benchmarks.vllm_kv import Talk, measure
 from benchmarks.vllm_two_gpus_fleet import Fleet
+from benchmarks.vllm_two_gpus_routes import routes
 from tests.plugins.served_vllm import Background, Served, k3
 
 KV_TOKEN_BYTES = 8 * 2 * 4 * 128 * 2
@@ -445,6 +446,7 @@ def _told_in_time(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 PARTS: dict[str, Callable[[Job], None]] = {
     "kv": kv,
+    "routes": routes,
     "fp8": fp8,
     "deep_gemm": deep_gemm,
     "experts": experts,
@@ -459,7 +461,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--invariant", action="store_true", help="vLLM's kernels whose results depend on no batch")
-    parser.add_argument("--layouts", default="", help="of kv, separated by semicolons")
+    parser.add_argument("--layouts", default="", help="of kv and routes, separated by semicolons")
     options = parser.parse_args()
     report = Report(options.out / f"{options.part}.json")
     report.add(invariant=options.invariant)
