@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -39,9 +40,8 @@ from prl.blocks.context import Context
 from prl.blocks.kernels import SEAMS
 from prl.blocks.moe import Experts, MixtureOfExperts, RunExperts, SoftmaxRouter
 from prl.train.layout import Layout
-from prl.train.parallel import deepep
 from prl.train.parallel.experts import AllToAll
-from prl_deepep import DeepEpConfig
+from prl_deepep import DeepEpConfig, exchange
 from prl_deepep.kernel import build, dispatch
 from torch import Tensor, nn
 
@@ -121,7 +121,7 @@ def mixture(sizes: Sizes, experts: nn.Module | None = None) -> MixtureOfExperts:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.02)
     torch.manual_seed(0)
-    nn.init.normal_(made.gate.weight, std=1.0)  # all ranks'
+    nn.init.normal_(made.gate.weight, std=sizes.hidden**-0.5)  # all ranks'
     made.run_experts = AllToAll(group=dist.group.WORLD, count=dist.get_world_size())  # type: ignore[arg-type]
     return made
 
@@ -139,8 +139,8 @@ def wait() -> None:
 
 
 def over(values: float, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> float:
-    """Of all ranks."""
-    tensor = torch.tensor(float(values), dtype=torch.float64, device=DEVICE)
+    """Of all ranks; infinity where one has no number, which a maximum would pass over."""
+    tensor = torch.tensor(math.inf if math.isnan(values) else values, dtype=torch.float64, device=DEVICE)
     dist.all_reduce(tensor, operation)
     return tensor.item()
 
@@ -166,11 +166,11 @@ def links(job: Job) -> None:
     received = torch.empty_like(x)
     away = x.nbytes * (job.ranks - 1) / job.ranks
     job.add(bytes=x.nbytes)
-    for name, exchange, moved in (
+    for name, collective, moved in (
         ("all_reduce", lambda: dist.all_reduce(x), 2 * away),
         ("all_to_all", lambda: dist.all_to_all_single(received, x), away),
     ):
-        job.add(**{f"{name}_gb_per_second": moved / seconds(exchange, 10) / 1e9})
+        job.add(**{f"{name}_gb_per_second": moved / seconds(collective, 10) / 1e9})
 
 
 def values(job: Job) -> None:
@@ -250,17 +250,19 @@ def kernels(job: Job) -> None:
 
 
 def sms(job: Job) -> None:
-    own = deepep._processors
+    own = exchange._processors
     for count in (None, 12, 24, 48):
-        deepep._processors = own if count is None else lambda *_: count  # noqa: B023
+        exchange._processors = own if count is None else lambda *_: count  # noqa: B023
         forward, both = _round(job, "deepep", job.large.tokens[0], Nothing())
         forward()
         row = {"sms": count, "forward": seconds(forward, job.rounds), "both": seconds(both, job.rounds)}
         if count is None:
-            buffer = next(buffer for (_, width, _), (buffer, _) in deepep._buffers.items() if width == job.large.hidden)
+            buffer = next(
+                buffer for (_, width, _), (buffer, _) in exchange._buffers.items() if width == job.large.hidden
+            )
             row["sms"] = own(buffer, job.large.experts, job.large.choices)
         job.add(rows=[*job.found.get("rows", []), row])
-    deepep._processors = own
+    exchange._processors = own
 
 
 def _round(
@@ -366,6 +368,7 @@ def main() -> int:
         PARTS[name](job)
         failed |= job.failed
     dist.barrier()
+    exchange.close()
     dist.destroy_process_group()
     return int(failed)
 

@@ -162,14 +162,14 @@ def planned(case: Case, chunk: int) -> int:
     return memory(surveyed, settings, lengths(case), sampled=SAMPLED, accumulating=False).peak
 
 
-def model_of(case: Case, ranks: Ranks, trainer: TrainerSection) -> nn.Module:
-    """This rank's part."""
+def model_of(case: Case, ranks: Ranks, trainer: TrainerSection, *, exact: bool = False) -> nn.Module:
+    """This rank's part; `exact`: the same numbers, computed with in float32."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
     with ranks.device:
         model = case.build()
     torch.set_default_dtype(torch.float32)
-    cast(model, torch.bfloat16 if CUDA else torch.float32, float32=train_gpu.KEEP_FLOAT32)
+    cast(model, torch.bfloat16 if CUDA and not exact else torch.float32, float32=train_gpu.KEEP_FLOAT32)
     layers.apply(model, trainer)
     ranks.shard(model)
     return model

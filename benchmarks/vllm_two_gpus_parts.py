@@ -315,6 +315,7 @@ def deepep(job: Job) -> None:
             "engine.length=2048",
             f'engine.parallel.all_to_all="{way}"',
             'engine.environment.EP_DISABLE_GIN="1"',
+            'engine.environment.NVSHMEM_QP_DEPTH="4096"',
         )
         for way in ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2", "deepep_low_latency")
     }
@@ -332,6 +333,7 @@ def deepep(job: Job) -> None:
                 expected = expected or found
                 pairs = [(a == b).tolist() for a, b in zip(found, expected, strict=True)]
                 figures |= {"completions": len(pairs), "the_same": sum(map(all, pairs))}
+                figures["tokens_of_the_first"] = [tokens.tolist() for tokens in found[:4]]
                 figures["tokens_until_another"] = [
                     (pair.index(False) if False in pair else len(pair)) for pair in pairs
                 ]

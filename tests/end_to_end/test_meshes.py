@@ -1,6 +1,6 @@
 """The main job with two and four trainer processes, experts and sequences divided over them, learns as with one.
 
-Words of three letters and a small mixture of experts, so that one process solves a third of the held-out tasks after
+Words of three letters and a small mixture of experts, so that one process solves a quarter of the held-out tasks after
 seconds. benchmarks/meshes_learn.py does the same at the size of the main job, on more meshes.
 """
 
@@ -22,11 +22,10 @@ MESHES = {
     "one": (),
     "shard2": ("trainer.ranks=2",),
     "context2": ("trainer.ranks=2", "trainer.context=2"),
-    "shard2 expert2": ("trainer.ranks=2", "trainer.expert=2"),
     "shard4 expert2": ("trainer.ranks=4", "trainer.expert=2"),
 }
-WARMUP, STEPS = 140, 12
-THRESHOLD = 0.25
+WARMUP, STEPS = 112, 8
+THRESHOLD = 0.15
 """Of held-out tasks solved; who guesses letters solves none in 17,000."""
 EDITS = (
     "environments.0.parameters.max_word_len=3",
@@ -37,7 +36,7 @@ EDITS = (
     "model.experts=4",
     "model.expert_intermediate_size=64",
     f"warmup.steps={WARMUP}",
-    "warmup.learning_rate=2e-3",
+    "warmup.learning_rate=3e-3",
     f"run.steps={STEPS}",
     "optimizer.learning_rate=4e-4",
     "scheduler.max_staleness=0",
@@ -46,7 +45,7 @@ EDITS = (
 )
 PATIENCE = 1500.0
 """Seconds; two idle cores take a tenth of it."""
-EXACT = 8
+EXACT = 6
 """Steps over which rounding alone does not grow."""
 
 each_mesh = pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])

@@ -16,11 +16,12 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
+from prl.blocks import kernels
 from prl.blocks.context import Context
 from prl.blocks.kernels import SEAMS
 from prl.blocks.moe import Experts, MixtureOfExperts, SoftmaxRouter
-from prl.train.parallel import deepep
 from prl.train.parallel.experts import AllToAll
+from prl_deepep import exchange
 from prl_deepep.kernel import dispatch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -43,14 +44,13 @@ class Handle:
 class ElasticBuffer:
     """`deep_ep.ElasticBuffer` of version 2.1 without its options. Tokens arrive in another order every time."""
 
-    rooms: list[int] = []  # noqa: RUF012
-    """Of the buffers that were made."""
+    made: list[ElasticBuffer] = []  # noqa: RUF012
 
     def __init__(
         self, group: Any, *, num_max_tokens_per_rank: int, hidden: int, num_topk: int, explicitly_destroy: bool
     ) -> None:
-        self.group, self.size = group, dist.get_world_size(group)
-        self.rooms.append(num_max_tokens_per_rank)
+        self.group, self.size, self.room = group, dist.get_world_size(group), num_max_tokens_per_rank
+        self.made.append(self)
         self.draw = torch.Generator().manual_seed(dist.get_rank(group))
 
     def get_theoretical_num_sms(self, experts: int, choices: int) -> int:
@@ -116,7 +116,7 @@ def stand_in() -> None:
     module = ModuleType("deep_ep")
     module.ElasticBuffer = ElasticBuffer  # type: ignore[attr-defined]
     sys.modules["deep_ep"] = module
-    deepep.check = lambda x: None
+    exchange.check = lambda x: None
 
 
 def mixture(rank: int) -> MixtureOfExperts:
@@ -161,7 +161,9 @@ def main(folder: Path) -> None:
         ]
         for name in CASES
     }
-    (folder / f"{rank}.json").write_text(json.dumps({"differences": differences, "rooms": ElasticBuffer.rooms}))
+    kernels.release()
+    buffers = [{"room": buffer.room, "given_back": buffer.group is None} for buffer in ElasticBuffer.made]
+    (folder / f"{rank}.json").write_text(json.dumps({"differences": differences, "buffers": buffers}))
     dist.destroy_process_group()
 
 

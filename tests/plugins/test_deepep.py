@@ -13,8 +13,7 @@ from prl.blocks.moe import HERE, Experts
 from prl.compose.compose import compose
 from prl.errors import ConfigError, RunError, UserError
 from prl.train.agent import launch
-from prl.train.parallel import deepep
-from prl_deepep import DeepEpConfig
+from prl_deepep import DeepEpConfig, exchange
 from prl_deepep.kernel import build, dispatch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,7 +27,7 @@ def test_two_ranks_compute_what_they_do_by_all_to_all(tmp_path, monkeypatch):
     assert launch([sys.executable, "-m", "tests.plugins.deepep_program", str(tmp_path)], ranks=2) == 0
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["rooms"] == [9]  # the same on both ranks, for the tokens of rank 1
+        assert found["buffers"] == [{"room": 9, "given_back": True}]  # on both ranks for the tokens of rank 1
         for differences in found["differences"].values():
             assert len(differences) == 5  # outputs; gradients of tokens, router and two matrices of the experts
             assert max(differences) < 1e-6
@@ -81,26 +80,26 @@ def on_a_device(monkeypatch, capability):
 
 def test_an_older_deep_ep_is_not_enough(installed):
     installed(OLD)
-    assert deepep.missing() == "the installed deep_ep has no ElasticBuffer: it needs version 2 or newer"
+    assert exchange.missing() == "the installed deep_ep has no ElasticBuffer: it needs version 2 or newer"
 
 
 def test_what_deep_ep_says_of_its_surroundings_is_handed_on(installed):
     installed("assert False, 'Invalid NCCL versions:\\n  2.28.9'")
-    assert deepep.missing() == "the module deep_ep cannot be imported: Invalid NCCL versions: 2.28.9"
+    assert exchange.missing() == "the module deep_ep cannot be imported: Invalid NCCL versions: 2.28.9"
 
 
 def test_it_needs_what_compiles_its_kernels(installed, tmp_path):
     installed(NEW, "nvcc")
-    assert deepep.missing() == f"DeepEP compiles kernels with the CUDA toolkit, and {tmp_path} has no cuobjdump"
+    assert exchange.missing() == f"DeepEP compiles kernels with the CUDA toolkit, and {tmp_path} has no cuobjdump"
 
 
 def test_it_needs_a_device_of_the_hopper_generation(installed, monkeypatch):
     installed(NEW, "nvcc", "cuobjdump")
-    assert deepep.missing() == ("" if torch.cuda.is_available() else "there is no CUDA device")
+    assert exchange.missing() == ("" if torch.cuda.is_available() else "there is no CUDA device")
     on_a_device(monkeypatch, (8, 0))
-    assert deepep.missing() == "A GPU is of compute capability 8.0, and 9.0 (Hopper) is needed"
+    assert exchange.missing() == "A GPU is of compute capability 8.0, and 9.0 (Hopper) is needed"
     on_a_device(monkeypatch, (9, 0))
-    assert deepep.missing() == ""
+    assert exchange.missing() == ""
     assert build(DeepEpConfig()) is dispatch
 
 
@@ -113,4 +112,4 @@ def test_it_needs_a_device_of_the_hopper_generation(installed, monkeypatch):
 )
 def test_tokens_that_it_cannot_send_are_refused(x, sentence):
     with pytest.raises(RunError, match=sentence):
-        deepep.check(x)
+        exchange.check(x)

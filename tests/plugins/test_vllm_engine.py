@@ -12,19 +12,22 @@ import openai
 import pytest
 from prl.errors import InfrastructureError
 from prl.serve.metrics import STATISTICS
-from prl.types import Manifest, Sampling, StopReason, TensorRecord
+from prl.types import Completion, Manifest, Sampling, StopReason, TensorRecord
 
 from tests.plugins.served_vllm import Served, k3, needs_vllm, serving
 
 pytestmark = needs_vllm
 LENGTH = 512
+CHUNK = 64
+"""Tokens of a step: long prompts are computed in several."""
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A dense model through files, keeping keys and values across updates."""
     folder = tmp_path_factory.mktemp("vllm") / "run"
-    edits = ('weights.type="disk"', "model.layers=2", f"engine.length={LENGTH}")
+    chunks = f"engine.options={{max_num_batched_tokens={CHUNK}}}"
+    edits = ('weights.type="disk"', "model.layers=2", f"engine.length={LENGTH}", chunks)
     with serving(folder, *edits, plugins="vllm,disk") as served:
         served.publish(0, seed=1)
         yield served
@@ -240,6 +243,34 @@ def test_versions_change_inside_a_completion_and_no_request_is_lost(engine: Serv
     assert all(span == sorted(span) for span in spans)
     assert {v for span in spans for v in span} == {version, version + 1, version + 2}
     assert any(len(set(span)) > 1 for span in spans)
+
+
+def test_a_prompt_in_the_middle_of_an_update_is_computed_by_the_new_weights_alone(engine: Served, version: int) -> None:
+    """And one that waits behind it, whose beginning was computed before."""
+    beginning, *rest = engine.prompts(256, *[240] * 8, seed=4)
+    prompts = [[*beginning, *end] for end in rest]
+
+    async def test() -> list[Completion]:
+        await engine.client.prepare(manifest)
+        async with asyncio.TaskGroup() as tasks:
+            asked = [
+                tasks.create_task(engine.client.generate(p, Sampling(max_tokens=4, seed=i), stop=[]))
+                for i, p in enumerate(prompts)
+            ]
+            async with asyncio.timeout(60):
+                while (await engine.client.statistics())["generated_tokens"] == before:
+                    pass
+            await engine.client.commit(version + 1)
+        return [completion for task in asked for completion in task.result()]
+
+    before = engine.statistics()["generated_tokens"]
+    engine.trainer.change(seed=10)
+    manifest = engine.trainer.send(version + 1)
+    completions = engine.run(test())
+    fresh = [(p, c) for p, c in zip(prompts, completions, strict=True) if set(c.versions.tolist()) == {version + 1}]
+    assert fresh
+    for prompt, completion in fresh:
+        np.testing.assert_allclose(completion.logprobs, engine.trainer.logprobs(prompt, completion), atol=1e-4)
 
 
 def test_prompts_reuse_what_was_computed_under_the_same_version_alone(engine: Served, version: int) -> None:

@@ -159,7 +159,7 @@ def test_after_an_update_running_sequences_add_nothing_to_the_tiers(job: Job, ve
         for engine in (job.prefill, job.decode):
             await engine.client.prepare(manifest)
         asked = asyncio.create_task(
-            job.decode.client.generate(prompt, Sampling(temperature=0.0, max_tokens=890), stop=[])
+            job.decode.client.generate(prompt, Sampling(temperature=0.0, max_tokens=500), stop=[])
         )
         async with asyncio.timeout(60):
             while (await job.decode.client.statistics())["generated_tokens"] - before["generated_tokens"] < BLOCK:

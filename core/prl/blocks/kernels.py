@@ -65,6 +65,13 @@ def install(composition: Composition, device: torch.device) -> None:
         SEAMS[name].chosen = SEAMS[name].reference if section is None else _kernel(composition, name, section, device)
 
 
+def release() -> None:
+    """Let kernels that hold something of process groups give it back (`close()`): all ranks, before the groups end."""
+    for declared in SEAMS.values():
+        if close := getattr(declared.chosen, "close", None):
+            close()
+
+
 def _kernel(composition: Composition, name: str, section: Any, device: torch.device) -> Callable[..., Any]:
     provider = cast("Kernel", composition.provider(section))
     if provider.device and device.type != provider.device:

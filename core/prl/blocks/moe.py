@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import attrs
 import torch
@@ -32,6 +32,27 @@ Follow: TypeAlias = "Callable[[Tensor], Tensor]"
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [N, I] sorted by expert, weight [E, O, I], offsets [E] int32 end of each expert's rows -> x weight.T [N, O]"""
     return functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x [N, D], a permutation [N] int64 and its inverse -> x[order]."""
+    reordered: Tensor = _Reorder.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+    return reordered
+
+
+class _Reorder(torch.autograd.Function):
+    """Its gradients are gathered too. Those of torch's indexing are added by atomic operations, for it may repeat rows:
+    several times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 class RunExperts(Protocol):
@@ -76,8 +97,9 @@ def dispatch(x: Tensor, weights: Tensor, chosen: Tensor, experts: nn.Module, run
     counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
     # Copies first, then a permutation: a gather with repeats would add gradients in no fixed order on a GPU.
     copies = x[:, None].expand(-1, choices, -1).flatten(0, 1)
-    sorted_outputs = run(experts, copies.index_select(0, order), counts)
-    outputs = sorted_outputs.index_select(0, order.argsort()).view(tokens, choices, x.shape[1])
+    inverse = order.argsort()
+    sorted_outputs = run(experts, reorder(copies, order, inverse), counts)
+    outputs = reorder(sorted_outputs, inverse, order).view(tokens, choices, x.shape[1])
     return (outputs * weights[..., None]).sum(1).to(x.dtype)
 
 

@@ -134,6 +134,7 @@ class Kernel(Provider):
     seam: str
     """The operation; a section of `[kernels]`."""
     build: Ref
-    """`(config) -> function` that takes and returns what the seam's reference does."""
+    """`(config) -> function` that takes and returns what the seam's reference does. One that holds something of process
+    groups has a method `close`, which all trainer ranks call before they leave the groups."""
     device: str | None = None
     """torch's type of the only device it runs on, such as `cuda`."""

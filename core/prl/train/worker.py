@@ -73,6 +73,7 @@ def main(composition: Composition, run_dir: RunDir) -> int:
         raise
     finally:
         connection.close()
+    kernels.release()
     ranks.leave()
     return 0
 

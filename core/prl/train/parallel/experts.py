@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from prl.blocks.moe import reorder
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class AllToAll:
@@ -33,8 +35,9 @@ class AllToAll:
         receiving = per_rank.sum(1).tolist()
         arrived = _exchange(x, sending, receiving, self.group)  # by rank, then by expert
         order = _by_expert(per_rank)
-        outputs = experts(arrived.index_select(0, order), per_rank.sum(0).cumsum(0).int())
-        return _exchange(outputs.index_select(0, order.argsort()), receiving, sending, self.group)
+        inverse = order.argsort()
+        outputs = experts(reorder(arrived, order, inverse), per_rank.sum(0).cumsum(0).int())
+        return _exchange(reorder(outputs, inverse, order), receiving, sending, self.group)
 
 
 def _by_expert(per_rank: Tensor) -> Tensor:

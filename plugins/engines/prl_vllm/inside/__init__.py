@@ -12,10 +12,10 @@ SWITCH = "PRL_VLLM"
 """Environment variable: `1` in every process of a server that serves a run."""
 ROUTES = "PRL_VLLM_ROUTES"
 """Environment variable: `1` where the run replays routes."""
-TIERS = "PRL_VLLM_TIERS"
-"""Environment variable: `1` where there are tiers behind the KV cache."""
 HANDOVER = "PRL_VLLM_HANDOVER"
 """Environment variable: `1` where engines hand prompts to each other."""
+TIERS = "PRL_VLLM_TIERS"
+"""Environment variable: `1` where keys and values go to tiers behind the cache."""
 ROUTE_BYTES = "prl_route_bytes"
 """Entry in the configuration of KV tiers: bytes of one token's routes, which are kept with its keys and values."""
 KEY_VARIABLE = "PRL_VLLM_API_KEY"
@@ -30,13 +30,10 @@ def register() -> None:
         return
     from vllm.platforms import current_platform
 
-    from prl_vllm.inside import lifetime
+    from prl_vllm.inside import lifetime, unfinished
 
     lifetime.end_with_parent()
-    if os.environ.get(TIERS) == "1":
-        from prl_vllm.inside import stores
-
-        stores.install()
+    unfinished.install()
     if os.environ.get(HANDOVER) == "1":
         from prl_vllm.inside import kept
 

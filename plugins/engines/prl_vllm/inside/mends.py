@@ -216,17 +216,27 @@ def _processors() -> None:
 
 
 def _progress() -> None:
-    from vllm.distributed.nixl_utils import nixl_agent_config
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    def around(init: Callable[..., None]) -> Callable[..., None]:
+    def without_thread(init: Callable[..., None]) -> Callable[..., None]:
         def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
             init(self, *args, **kwargs)
             self.enable_pthread = False
 
         return initialise
 
-    if nixl_agent_config is not None:
-        wrap(nixl_agent_config, "__init__", around)
+    def around(find: Callable[..., type]) -> Callable[..., type]:
+        def get_connector_class(*args: Any, **kwargs: Any) -> type:
+            connector = find(*args, **kwargs)
+            if connector.__name__.startswith("Nixl"):  # else NIXL is not loaded, and may not be installed
+                from vllm.distributed.nixl_utils import nixl_agent_config
+
+                wrap(nixl_agent_config, "__init__", without_thread)
+            return connector
+
+        return get_connector_class
+
+    wrap(KVConnectorFactory, "get_connector_class", around)
 
 
 MENDS = (

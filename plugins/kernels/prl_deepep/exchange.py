@@ -2,7 +2,7 @@
 
 A token that several experts of one rank were chosen for travels once, and what they make of it is weighted and summed
 before it travels back: fewer bytes than an all-to-all of every choice. Needs DeepEP 2 (`deep_ep.ElasticBuffer`), an
-NVIDIA GPU of the Hopper generation or newer, and bfloat16. Called by the plugin `deepep`.
+NVIDIA GPU of the Hopper generation or newer, and bfloat16.
 
 DeepEP's two operations are each other's gradients. Tokens arrive in another order every time, so experts are given them
 in the order of their ranks and places there: what is computed again for a backward pass must meet the gradients of what
@@ -20,12 +20,11 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
+from prl.errors import RunError
+from prl.score.pack import round_up
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
-
-from prl.errors import RunError
-from prl.score.pack import round_up
 
 _HOPPER = (9, 0)
 _WIDTH = 256
@@ -130,6 +129,13 @@ def back(outputs: Tensor, arrived: Arrived) -> Tensor:
     summed = _Sum.apply(outputs, arrived.shares, arrived.order)  # type: ignore[no-untyped-call]
     combined: Tensor = _Combine.apply(summed, arrived.buffer, arrived.handle)  # type: ignore[no-untyped-call]
     return combined
+
+
+def close() -> None:
+    """Give the buffers back; every rank must, before its process groups end."""
+    for buffer, _ in _buffers.values():
+        buffer.destroy()
+    _buffers.clear()
 
 
 def _buffer(group: ProcessGroup, width: int, choices: int, most: int) -> tuple[Any, int]:
