@@ -7,6 +7,7 @@ Parts, each in processes of its own with a time limit and a log in DIR; DIR/resu
 that fails costs no other. All but the runs go side by side: their seconds are those of a busy machine.
 
     kv          one plain server, tiers behind a cache, engines for prompts (GPU 0 for prompts, GPU 1 decodes), both
+    routes      experts of prompts that were handed over, beside a plain server's and beside noise
     fp8         weights travel in FP8 blocks and are served in them; all are read back after two updates
     deep_gemm   the same with DeepGEMM's kernels
     experts     two copies of the attention, the experts divided over both GPUs: answers of both, before and after an
@@ -89,7 +90,11 @@ def stages(folder: Path, weights: Sequence[str], toy: bool) -> list[list[Part]]:
             Part(name="nccl", commands=(("-m", "benchmarks.nccl_pair_gpu", "--out", str(folder)),), limit=200.0),
         ]
     )
-    return [[part("kv", ("--invariant",), (), limit=330.0), *alone], *[[loop(transport)] for transport in weights]]
+    routes = part("routes", ("--invariant",), (), limit=240.0)
+    return [
+        [part("kv", ("--invariant",), (), limit=330.0), routes, *alone],
+        *[[loop(transport)] for transport in weights],
+    ]
 
 
 class Session:

@@ -25,6 +25,7 @@ from prl_local.devices import found
 from benchmarks.vllm_gpu import ROOT, write_prompts
 from benchmarks.vllm_kv import Talk, measure
 from benchmarks.vllm_two_gpus_fleet import Fleet
+from benchmarks.vllm_two_gpus_routes import routes
 from tests.plugins.served_vllm import Background, Served, k3
 
 KV_TOKEN_BYTES = 8 * 2 * 4 * 128 * 2
@@ -314,7 +315,9 @@ def deepep(job: Job) -> None:
             "engine.parallel.experts=true",
             "engine.length=2048",
             f'engine.parallel.all_to_all="{way}"',
-            'engine.environment.EP_DISABLE_GIN="1"',
+            "model.hidden_size=2048",  # the least that the kernels of low latency know
+            'engine.environment.EP_DISABLE_GIN="1"',  # one host, without a network
+            'engine.environment.EP_REUSE_NCCL_COMM="0"',  # vLLM has not made the one that would be used
             'engine.environment.NVSHMEM_QP_DEPTH="4096"',
         )
         for way in ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2", "deepep_low_latency")
@@ -443,6 +446,7 @@ def _told_in_time(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 PARTS: dict[str, Callable[[Job], None]] = {
     "kv": kv,
+    "routes": routes,
     "fp8": fp8,
     "deep_gemm": deep_gemm,
     "experts": experts,
@@ -457,7 +461,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--invariant", action="store_true", help="vLLM's kernels whose results depend on no batch")
-    parser.add_argument("--layouts", default="", help="of kv, separated by semicolons")
+    parser.add_argument("--layouts", default="", help="of kv and routes, separated by semicolons")
     options = parser.parse_args()
     report = Report(options.out / f"{options.part}.json")
     report.add(invariant=options.invariant)
