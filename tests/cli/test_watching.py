@@ -76,6 +76,8 @@ def test_a_run_is_found_by_path_by_name_and_as_the_newest(run_dir: RunDir) -> No
     assert find_run("runs/older") == older
     with pytest.raises(UserError, match="nowhere is not a run directory"):
         find_run("nowhere")
+    with pytest.raises(UserError, match=f"runs is a folder of runs: name one of .*{run_dir.path.name}.*older"):
+        find_run("runs")
 
 
 def test_without_runs_there_is_nothing_to_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

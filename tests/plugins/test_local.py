@@ -109,6 +109,16 @@ def test_what_ignores_sigterm_is_killed(run_dir: RunDir) -> None:
     assert gone(run_dir)
 
 
+def test_a_run_directory_that_is_removed_ends_the_run_with_a_sentence(
+    run_dir: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    remove = f"import os, shutil; shutil.rmtree({str(run_dir.path)!r}); os.abort()"
+    assert launch(run_dir, process("engine", WAIT), process("controller", remove)) == 1
+    told = capfd.readouterr().err
+    assert "prl: the run failed: [Errno 2] No such file or directory" in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(("exit_code", "expected"), [(1, 1), (2, 1), (3, 3)])
 def test_another_process_that_fails_ends_the_run(
     run_dir: RunDir, capfd: pytest.CaptureFixture[str], exit_code: int, expected: int

@@ -28,6 +28,9 @@ def find_run(name: str | None) -> RunDir:
     """The run of that path or of that name under `runs/`; without a name, the newest there."""
     if name is None:
         return _newest()
+    if members := sweep_of(name):
+        names = [member.path.name for member in members]
+        raise UserError(f"{name} is a folder of runs: name one of {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
     if not Path(name).exists() and (RUNS / name).exists():
         return RunDir.existing(RUNS / name)
     return RunDir.existing(name)

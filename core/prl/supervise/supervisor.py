@@ -51,6 +51,8 @@ def supervise(
     with _signals(children):
         try:
             return supervisor.run()
+        except OSError as error:
+            return supervisor.bereft(error)
         finally:
             children.end()
 
@@ -259,6 +261,14 @@ class Supervisor:
         if not said:
             self._write_state("failed", whole)
         return _exit_code(child)
+
+    def bereft(self, error: OSError) -> int:
+        """End the run, whose directory is gone, full, or taken away from under it."""
+        _tell(f"the run failed: {error}")
+        self._children.end()
+        with suppress(OSError):
+            self._write_state("failed", str(error))
+        return RunError.exit_code
 
     def _note(self, child: Child, sentence: str, done: str, *, pid: int | None = None) -> None:
         """Tell the user, the controller and the record."""
