@@ -247,14 +247,14 @@ def test_spares_take_the_place_of_nodes_that_cannot_add_up_a_number(slurm: Clust
     (tmp_path / "node3" / "sitecustomize.py").write_text(STOPS)
     wrong = "if [ $SLURMD_NODENAME = node4 ]; then export GLOO_SOCKET_IFNAME=nowhere; fi"
     setup = f"launcher.setup=['export PYTHONPATH={tmp_path}/$SLURMD_NODENAME', '{wrong}']"
-    brief = ("launcher.spare_nodes=2", "launcher.collective_seconds=20")
+    brief = ("launcher.spare_nodes=2", "launcher.collective_seconds=12")
     run = launch(slurm, tmp_path / "spared", "run.steps=2", *TWO_TRAINER_NODES, *brief, setup)
     assert run.ended() == "finished", run.tell()
     assert [run.host(name) for name in ("engine-0", "trainer-0", "trainer-1")] == ["node1", "node2", "node5"]
     said = [line.partition("prl: ")[2] for line in (run.dir.path / "slurm" / "job.log").read_text().splitlines()]
     lost = [line.partition(" takes no part: ")[::2] for line in said if "takes no part" in line]
     assert [host for host, _ in lost] == ["node3", "node4"]
-    assert lost[0][1] == "was not ready to add up a number 20 s after others; node4 takes its place"
+    assert lost[0][1] == "was not ready to add up a number 12 s after others; node4 takes its place"
     assert lost[1][1].endswith("; node5 takes its place")
     files = json.loads((run.dir.path / "slurm" / "preflight.json").read_text())["MB/s"]
     assert all(speeds["write"] > 0 and speeds["read"] > 0 for speeds in files.values())
