@@ -38,7 +38,7 @@ from prl.weights import crc
 from prl.weights.host_memory import HostMemory
 from prl.weights.tensors import tensor_bytes
 from prl_local.devices import found
-from prl_nccl import NcclConfig, pair, receiver, sender
+from prl_nccl import NcclConfig, receiver, sender
 from prl_nccl.pair import device_here
 from prl_shared_memory import SharedMemoryConfig, segments
 from prl_vllm.inside.worker import Source, Staged, fetch
@@ -110,10 +110,6 @@ class Rank:
         self.senders[transport].retire(version)
         return {}
 
-    def channels(self, count: int) -> dict[str, Any]:
-        pair.CHANNELS = count
-        return {}
-
     def damage(self, transport: str, version: int) -> dict[str, Any]:
         """Change a byte of what waits on the device."""
         held: Any = self.senders[transport]
@@ -171,7 +167,7 @@ class Worker:
     def memory(self) -> dict[str, Any]:
         return memory()
 
-    def nccl_parts(self, version: int) -> dict[str, Any]:
+    def nccl_parts(self, version: int, channels: int) -> dict[str, Any]:
         """Joining the rank and moving the bytes, without looking at them; what a group takes of the device."""
         manifest = self.manifest("nccl", version)
         made = receiver.receive(CONFIGS["nccl"], self.run)
@@ -179,28 +175,24 @@ class Worker:
         (part,) = manifest.parts
         rounds = []
         for _ in range(2):
-            deadline = time.monotonic() + 30
+            fetch = receiver.Fetch(version, time.monotonic() + 30, channels=channels)
             started = time.perf_counter()
             lots = receiver._lots(part)
-            link = made._ask(part.location, lots, version, device_here(), deadline, "")
+            link = made._ask(part.location, lots, fetch)
             joined = time.perf_counter()
             ahead: deque[Any] = deque()
             for lot in lots:
                 ahead.append(link.pair.post(lot.start, lot.end))
                 if len(ahead) > 4:
-                    waited(link, ahead.popleft(), deadline)
+                    waited(link, ahead.popleft(), fetch.deadline)
             while ahead:
-                waited(link, ahead.popleft(), deadline)
+                waited(link, ahead.popleft(), fetch.deadline)
             moved = time.perf_counter()
             made._keep(link)
             rounds.append({"join": joined - started, "move": moved - joined})
         after = memory()["besides"]
         made.close()
         return {"rounds": rounds, "device_memory_of_a_group": after - before}
-
-    def channels(self, count: int) -> dict[str, Any]:
-        pair.CHANNELS = count
-        return {}
 
     def joins(self, version: int, count: int = 3) -> dict[str, Any]:
         """Seconds of making one group and ending it."""
@@ -209,7 +201,7 @@ class Worker:
         seconds = []
         for _ in range(count):
             started = time.perf_counter()
-            link = made._connected(part.location, device_here(), time.monotonic() + 30, "")
+            link = made._connected(part.location, receiver.Fetch(version, time.monotonic() + 30))
             joined = time.perf_counter()
             link.close()
             seconds.append({"make": joined - started, "end": time.perf_counter() - joined})
@@ -376,7 +368,7 @@ def measure(run: Path, gigabytes: float, report: Report) -> None:
             updates(rank, worker, transport, versions, report)
         report.add("parts", worker.ask("local_parts", version=VERSIONS["shared_memory"] - 1))
         version = VERSIONS["nccl"] - 1
-        nccl_parts(rank, worker, version, report)
+        nccl_parts(worker, version, report)
         worker.begin("update", transport="nccl", version=version, staging="device", part="all")
         time.sleep(KILLED_AFTER)
         rank.end()
@@ -398,13 +390,10 @@ def updates(rank: Side, worker: Side, transport: str, versions: int, report: Rep
         report.add(f"{transport}/{staging}/{part}", [worker.ask("update", **question) for _ in range(3)])
 
 
-def nccl_parts(rank: Side, worker: Side, version: int, report: Report) -> None:
-    report.add("nccl/memory", {"rank": rank.ask("memory"), "worker": worker.ask("memory")})
+def nccl_parts(worker: Side, version: int, report: Report) -> None:
     report.add("nccl/joins", worker.ask("joins", version=version))
-    for channels in (1, 16, pair.CHANNELS):
-        for side in (rank, worker):
-            side.ask("channels", count=channels)
-        report.add(f"nccl/parts/{channels} channels", worker.ask("nccl_parts", version=version))
+    for channels in (1, 2, 4):
+        report.add(f"nccl/parts/{channels} channels", worker.ask("nccl_parts", version=version, channels=channels))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ controller.json     where the controller listens
 rendezvous.json     where the store of a trainer on several nodes listens
 resume.json         from the second attempt on: which of its checkpoints it goes on from, on how many trainer nodes
 chain.json          which run it follows, where it was launched after one
+claim               locked by whoever launches or resumes the run, as long as that lasts
 launch.json         which launcher keeps the run, and what it calls it, where one took it over (slurm)
 processes.json      what the launcher started: role, index, pid, host, log
 state.json          status, step, version, last error: rewritten as the run goes
@@ -65,6 +66,10 @@ class RunDir:
     @property
     def lock(self) -> Path:
         return self.path / "plugins.lock"
+
+    @property
+    def claim(self) -> Path:
+        return self.path / "claim"
 
     @property
     def resume(self) -> Path:

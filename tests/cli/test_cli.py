@@ -157,6 +157,11 @@ def test_plugins_show_of_a_misspelt_name(toy_plugin: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "plugin 'toyy' is not installed (did you mean 'toy'?)\n"
 
 
+def test_plugins_show_of_what_a_plugin_provides_names_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "show", "dppo"]) == 2
+    assert "loss 'dppo' is provided by the plugin 'policy_gradient'" in capsys.readouterr().err
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 def python(*arguments: str, path: list[Path]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}

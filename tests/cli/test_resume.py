@@ -23,6 +23,7 @@ from prl.compose.origin import identity
 from prl.compose.resume import resume as prepare
 from prl.errors import UserError
 from prl.run_dir import SUPERVISOR, RunDir, read_json
+from prl.supervise.claim import claimed
 
 Throwaway = Callable[..., Path]
 
@@ -129,6 +130,13 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint_as_its_next_attempt(run
     assert [path.name for path in run_dir.checkpoints.iterdir() if "partial" in path.name] == []
     state = read_json(run_dir.state)
     assert (state["status"], state["step"], state["metrics"]) == ("starting", 4, {"loss/rl": 1.0})
+
+
+def test_a_run_that_another_process_is_about_to_start_is_refused(run_dir, capsys):
+    with claimed(run_dir):
+        said = refused(capsys, run_dir.path, "resume", code=2)
+    assert "runs/first is launched or resumed by another prl" in said
+    assert main(["resume"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,14 @@ def created(toy_config: Path, tmp_path: Path) -> tuple[Composition, Path]:
     return composition, create_run(composition, toy_config).path
 
 
+@pytest.mark.parametrize("place", ["/proc/run", "file/run"])
+def test_a_run_directory_that_cannot_be_made_is_refused(toy_config: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    composition = compose(toy_config, overrides=[f"run.dir={tmp_path / place}"])
+    with pytest.raises(UserError, match=f"{place} cannot be made: (No such|Not a)"):
+        create_run(composition, toy_config)
+
+
 def test_a_run_directory_holds_what_a_worker_needs(toy_config: Path, tmp_path: Path) -> None:
     composition, path = created(toy_config, tmp_path)
     assert {p.name for p in path.iterdir()} == {"run.toml", "plugins.lock", "token", "logs"}

@@ -109,7 +109,7 @@ def test_setting_a_type_drops_its_sections_keys_whatever_the_order(tmp_path: Pat
         ("steps", "expected section.key=value"),
         (".steps=1", "expected section.key=value"),
         ("run.steps.x=1", "run.steps is 3, not a table"),
-        ("environments.4.weight=1", "environments has 1 entries, counted from 0; there is no '4'"),
+        ("environments.4.weight=1", "environments has 1 entry, counted from 0; there is no '4'"),
         ("environments.first.weight=1", "there is no 'first'"),
     ],
 )

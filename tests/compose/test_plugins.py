@@ -146,6 +146,10 @@ def test_only_lifecycle_hooks_are_handed_out() -> None:
             "from prl.providers import Loss; return [Loss(name='x', config=int, summary='', build='')]",
             "prl_losses: TypeError: config of 'x' must be an attrs class, got <class 'int'>",
         ),
+        (
+            "from prl.providers import Loss, Loss as C; return [Loss(name='x', config=C, summary='', build='a.b')]",
+            "prl_losses: TypeError: build of 'x' must be \"package.module:attribute\", got 'a.b'",
+        ),
     ],
 )
 def test_what_a_registration_hook_returns_is_checked(throwaway_plugin: Throwaway, body: str, expected: str) -> None:

@@ -287,6 +287,7 @@ def test_without_the_runs_token_nobody_is_heard(tmp_path, password):
             if password is not None:
                 stranger.plain_username, stranger.plain_password = b"prl", password
             failed = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            failed |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  # where it sees first that the hub hung up
             with stranger.get_monitor_socket(failed | zmq.EVENT_HANDSHAKE_SUCCEEDED) as monitor:
                 stranger.connect(json.loads(run_dir.controller.read_text())["address"])
                 event, _ = await monitor.recv_multipart()

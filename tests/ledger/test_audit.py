@@ -72,7 +72,7 @@ def test_what_was_dropped_is_compared_with_what_was_trained(tmp_path):
 def test_what_cannot_be_proven_is_said(tmp_path):
     unproven = "\n".join(audited(tmp_path, eventful().facts).unproven)
     assert "2 attempts cut or lost in flight: they had run for 1.5 s on average, arrivals took 1.0 s" in unproven
-    assert "the weights of versions 1, which were not published" in unproven
+    assert "weights that were not published (version 1)" in unproven
 
 
 def test_without_a_ledger_there_is_nothing_to_audit(tmp_path):

@@ -109,6 +109,12 @@ def test_finish_tells_what_was_achieved_and_where_to_look(view: RunView, clock: 
     ]
 
 
+def test_commands_can_be_pasted_where_the_directory_has_a_space(clock: Clock) -> None:
+    tracker, out = plain(RunView(name="demo", directory="my runs/demo", steps=600, clock=clock))
+    tracker.finish(None)
+    assert out.getvalue().splitlines()[-1] == "  logs      prl logs 'my runs/demo'"
+
+
 def test_a_failed_run_says_so_with_its_error(view: RunView) -> None:
     tracker, out = plain(view)
     tracker.log(12, RL_METRICS)

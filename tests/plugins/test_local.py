@@ -85,6 +85,15 @@ def test_what_stays_after_the_controller_is_ended(run_dir: RunDir, capfd: pytest
     assert gone(run_dir)
 
 
+def test_a_run_that_is_stopped_before_it_began_waits_for_nobody(
+    run_dir: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir.stop.touch()
+    assert launch(run_dir, process("controller", ""), process("engine", WAIT)) == 0
+    assert capfd.readouterr().err == ""
+    assert gone(run_dir)
+
+
 def test_what_ignores_sigterm_is_killed(run_dir: RunDir) -> None:
     deaf = """
         import os, signal

@@ -22,7 +22,7 @@ from prl.types import Manifest
 from prl.weights.tensors import record_of
 from prl_nccl import NcclConfig
 from prl_nccl.pair import Pair, backend_for
-from prl_nccl.receiver import Link, Lot, NcclReceiver, receive
+from prl_nccl.receiver import Fetch, Link, Lot, NcclReceiver, receive
 from prl_nccl.sender import KEPT, NcclSender, send
 
 CONFIG = Path(__file__).parents[2] / "configs" / "spell_backward.toml"
@@ -181,14 +181,14 @@ def asked(sender: NcclSender, hello: bytes) -> socket.socket:
 
 
 def hello(receiver: NcclReceiver) -> bytes:
-    return json.dumps({"token": receiver.token, "device": "cpu"}).encode() + b"\n"
+    return json.dumps({"token": receiver.token, "device": "cpu", "channels": 1}).encode() + b"\n"
 
 
 def waiting(receiver: NcclReceiver, manifest: Manifest) -> Link:
     """A worker that has asked for a version and takes none of it."""
-    deadline = time.monotonic() + 20
-    link = receiver._connected(manifest.parts[0].location, torch.device("cpu"), deadline, "")
-    assert link.ask(manifest.version, [Lot(manifest.tensors)], deadline) == {"nbytes": 78}
+    fetch = Fetch(manifest.version, time.monotonic() + 20)
+    link = receiver._connected(manifest.parts[0].location, fetch)
+    assert link.ask(fetch.version, [Lot(manifest.tensors)], fetch.deadline) == {"nbytes": 78}
     return link
 
 

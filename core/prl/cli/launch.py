@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prl.cli.runs import find_run
 from prl.cli.table import columns
 from prl.run_dir import RunDir
+from prl.supervise.claim import claimed
 
 INTERRUPTED = 130
 """What a launcher returns when the user would not wait for the run's end."""
@@ -80,7 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     intended = planned_run_dir(composition, arguments.config)
     launcher = composition.build(composition.run.launcher, intended.path)
     launcher.check(plan(composition, intended))
-    return start(launcher, plan(composition, _make(arguments, composition, intended)))
+    run_dir = _make(arguments, composition, intended)
+    with claimed(run_dir):
+        return start(launcher, plan(composition, run_dir))
 
 
 def _make(arguments: argparse.Namespace, composition: Composition, where: RunDir | None = None) -> RunDir:
@@ -147,7 +150,8 @@ def _one_after_the_other(launchers: Sequence[ProcessLauncher], planned: Sequence
 
     worst = 0
     for launcher, each in zip(launchers, planned, strict=True):
-        code = start(launcher, each)
+        with claimed(each.run_dir):
+            code = start(launcher, each)
         if code == INTERRUPTED:
             return code
         worst = max(worst, code)

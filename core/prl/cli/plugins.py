@@ -77,7 +77,14 @@ def run_show(arguments: argparse.Namespace) -> int:
 
     found = {plugin["name"]: plugin for plugin in survey()}
     if arguments.name not in found:
-        raise PluginError(f"plugin {arguments.name!r} is not installed{did_you_mean(arguments.name, found)}")
+        providers = [
+            f"{provider['kind']} {arguments.name!r} is provided by the plugin {plugin['name']!r}"
+            for plugin in found.values()
+            for provider in plugin["provides"]
+            if provider["name"] == arguments.name
+        ]
+        hint = f"; {', '.join(providers)}" if providers else did_you_mean(arguments.name, found)
+        raise PluginError(f"plugin {arguments.name!r} is not installed{hint}")
     plugin = found[arguments.name]
     print(json.dumps(plugin, indent=1) if arguments.json else _page(plugin))
     return 0
@@ -121,7 +128,6 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
     from prl.compose.checks import unavailable
 
     provider = record.provider
-    parts = {f.name: getattr(provider, f.name) for f in attrs.fields(type(provider)) if f.type in ("Ref", "Ref | None")}
     return {
         "kind": record.kind,
         "name": provider.name,
@@ -130,8 +136,7 @@ def _provider(record: Provided, plugin: InstalledPlugin) -> dict[str, Any]:
         "replaces": provider.replaces,
         "imports": {
             part: {"by": IMPORTED_BY[record.kind, part], "reference": reference}
-            for part, reference in parts.items()
-            if reference is not None
+            for part, reference in provider.parts().items()
         },
         "fields": list(_fields(provider.config)),
     }

@@ -16,6 +16,7 @@ from prl.cli.launch import INTERRUPTED, add_edit_arguments
 from prl.cli.runs import FINAL, add_run_argument, alive, find_run, remote, state_of, sweep_of
 from prl.errors import PrlError, UserError
 from prl.run_dir import RunDir, read_json
+from prl.supervise.claim import ClaimedError, claimed
 
 if TYPE_CHECKING:
     from prl.compose.compose import Composition
@@ -61,11 +62,19 @@ def _resume_member(arguments: argparse.Namespace, run_dir: RunDir) -> int:
 
 
 def _resume(arguments: argparse.Namespace, run_dir: RunDir) -> int:
+    try:
+        with claimed(run_dir, patience=ENDING_SECONDS):
+            refuse_living(run_dir, patience=ENDING_SECONDS)
+            return _go_on(arguments, run_dir)
+    except ClaimedError:
+        refuse_living(run_dir, patience=0.0)  # says who lives
+        raise
+
+
+def _go_on(arguments: argparse.Namespace, run_dir: RunDir) -> int:
     from prl.cli.start import start
     from prl.compose.plan import plan
     from prl.compose.resume import resume
-
-    refuse_living(run_dir, patience=ENDING_SECONDS)
 
     def check(composition: Composition) -> None:
         composition.build(composition.run.launcher, run_dir.path).check(plan(composition, run_dir))

@@ -208,16 +208,17 @@ def config_table(composition: Composition) -> dict[str, Any]:
 
 
 def create_run(composition: Composition, source: Path, run_dir: RunDir | None = None) -> RunDir:
-    """Make the run directory with everything a worker needs; UserError when it already holds a run."""
+    """Make the run directory with everything a worker needs; UserError where one is already, or none can be."""
     run_dir = run_dir or planned_run_dir(composition, source)
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    another = "name another directory (--set run.dir=...)"
     try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
         with run_dir.config.open("x") as file:
             file.write(toml.dumps(config_table(composition)))
     except FileExistsError:
-        raise UserError(
-            f"{run_dir.path} already holds a run; name another directory (--set run.dir=...) or remove it"
-        ) from None
+        raise UserError(f"{run_dir.path} already holds a run; {another} or remove it") from None
+    except OSError as error:
+        raise UserError(f"the run directory {run_dir.path} cannot be made: {error.strerror}; {another}") from None
     run_dir.write_json(run_dir.lock, lock.derive([plugin.name for plugin in composition.plugins], installed()))
     run_dir.create_token()
     run_dir.logs(1).mkdir(parents=True, exist_ok=True)

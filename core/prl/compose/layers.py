@@ -146,5 +146,6 @@ def _step(parent: Any, key: str, *, where: str) -> Any:
 
 def _index(array: Sequence[Any], key: str, where: str) -> int:
     if not key.isdigit() or int(key) >= len(array):
-        raise LookupError(f"{where} has {len(array)} entries, counted from 0; there is no {key!r}")
+        count = f"{len(array)} {'entry' if len(array) == 1 else 'entries'}"
+        raise LookupError(f"{where} has {count}, counted from 0; there is no {key!r}")
     return int(key)

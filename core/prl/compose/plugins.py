@@ -7,6 +7,7 @@ the caller: a run refuses, a listing shows it. pluggy's own loading is not used:
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -207,6 +208,9 @@ def _checked(kind: str, records: Iterable[Provider] | None) -> list[Provider]:
             raise TypeError(f"expected {record_class.__name__} records, got {record!r}")
         if not attrs.has(record.config):
             raise TypeError(f"config of {record.name!r} must be an attrs class, got {record.config!r}")
+        for part, reference in record.parts().items():
+            if not re.fullmatch(r"[\w.]+:\w+", reference):
+                raise TypeError(f'{part} of {record.name!r} must be "package.module:attribute", got {reference!r}')
         checked.append(record)
     return checked
 

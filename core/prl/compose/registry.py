@@ -36,7 +36,7 @@ class Registry:
     def of_ref(self, ref: str) -> Provided | None:
         """The provider one of whose lazily imported parts is `ref`."""
         for entry in self.entries.values():
-            if ref in attrs.asdict(entry.provider, recurse=False).values():
+            if ref in entry.provider.parts().values():
                 return entry
         return None
 

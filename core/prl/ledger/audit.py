@@ -90,7 +90,7 @@ def _unproven(ledger: sqlite3.Connection) -> Iterator[str]:
         yield f"the lengths and rewards of {plural(count, 'attempt')} cut or lost in flight{times}"
     hidden = [version for (version,) in ledger.execute(_UNPUBLISHED)]
     if hidden:
-        yield f"the weights of versions {spans(hidden)}, which were not published: only their batches are in the chain"
+        yield f"weights that were not published (version {spans(hidden)}): only their batches are in the chain"
     root = ledger.execute("SELECT step FROM launches WHERE step IS NOT NULL ORDER BY launch").fetchone()
     if root is not None and root[0]:
         yield f"what was trained before step {root[0]}: this run continues another run's checkpoint"

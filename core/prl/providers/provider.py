@@ -35,3 +35,8 @@ class Provider:
     """Import names that must be installed where the run is; probed without importing."""
     replaces: str | None = None
     """`"plugin:name"` of a provider this one deliberately takes over."""
+
+    def parts(self) -> dict[str, Ref]:
+        """The fields that name a part, `build` and its like: field -> reference; without those that are left empty."""
+        named = {f.name: getattr(self, f.name) for f in attrs.fields(type(self)) if f.type in ("Ref", "Ref | None")}
+        return {name: reference for name, reference in named.items() if reference}

@@ -136,7 +136,7 @@ class Supervisor:
     def _look_at_state(self) -> None:
         state = read_json(self._run_dir.state) or {}
         self._furthest = max(self._furthest, state.get("step", 0))
-        self._under_way = self._under_way or state.get("status") in ("running", "stopping")
+        self._under_way = self._under_way or state.get("status") == "running"
 
     def _ended(self, child: Child) -> int | Broken | None:
         """None: the attempt goes on."""
@@ -231,7 +231,10 @@ class Supervisor:
 
     # --- the end of the run -------------------------------------------------------------------------------------------
     def _finish(self) -> int:
-        """The controller has told the others to stop."""
+        """The controller has told the others to stop; who had not said hello by then did not hear it."""
+        if self._run_dir.stop.exists() and not self._under_way:
+            self._children.end()
+            return 0
         for name in self._children.drain():
             _tell(f"{name} did not end in time after the run's end; ending it")
         return 0

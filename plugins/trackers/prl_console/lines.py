@@ -5,6 +5,8 @@ Also the summary that both forms end with. Knows nothing about rich.
 
 from __future__ import annotations
 
+import shlex
+
 from prl_console import text
 from prl_console.view import RunView
 
@@ -61,8 +63,9 @@ def summary(view: RunView, error: BaseException | None) -> list[str]:
     lines = [f"{view.name} {ended}"]
     lines += [f"  error     {line}" for line in str(error).splitlines()[:5]] if error else []
     lines += [f"  held-out  {_change(name, view)}" for name in view.accuracy]
-    lines.append(f"  curves    prl report {view.directory}")
-    lines.append(f"  logs      prl logs {view.directory}")
+    directory = shlex.quote(view.directory)
+    lines.append(f"  curves    prl report {directory}")
+    lines.append(f"  logs      prl logs {directory}")
     return lines
 
 

@@ -6,6 +6,7 @@ why the rate is about one a second. Knows nothing about how a run works: everyth
 
 from __future__ import annotations
 
+import shlex
 import threading
 
 from rich.box import ROUNDED
@@ -60,7 +61,7 @@ def panel(view: RunView, width: int) -> Panel:
         width=width,
         title=f"[bold]prl[/] · {view.name}",
         title_align="left",
-        subtitle=Text(f"prl report {view.directory}", style="dim", overflow="ellipsis"),
+        subtitle=Text(f"prl report {shlex.quote(view.directory)}", style="dim", overflow="ellipsis"),
         subtitle_align="left",
         border_style="blue",
     )

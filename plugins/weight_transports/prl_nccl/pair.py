@@ -31,7 +31,10 @@ SLOTS = 3
 SENDER, RECEIVER = 0, 1
 _UNWATCHED = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 CHANNELS = 4
-"""Of NCCL in each group, each with buffers on the device: as fast as the bus, from which everything comes."""
+"""Of NCCL for one worker, divided among its groups: as fast as the bus, from which everything comes.
+
+Four take 70 MB of the device, which a worker of a hundred ranks would not have a hundred times.
+"""
 _POLL_SECONDS = 5e-5
 _LOOKS = 100
 """Polls between two looks at the connection."""
@@ -61,18 +64,22 @@ class Pair:
         *,
         connection: socket.socket,
         device: torch.device,
+        channels: int,
         seconds: float,
     ) -> Pair:
         """The group of two that meets in this store; RuntimeError when the other side does not come.
 
-        `device`: what this side computes on.
+        `device`: what this side computes on. `channels`: of NCCL.
         """
         address = str(connection.getsockname()[0])
         deadline = time.monotonic() + seconds
-        make = _nccl if backend == "nccl" else _gloo
+        timeout = timedelta(seconds=seconds)
         on = device if backend == "nccl" else torch.device("cpu")
         with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
-            group = make(store, rank, address, timedelta(seconds=seconds))
+            if backend == "nccl":
+                group = _nccl(store, rank, address, timeout, channels)
+            else:
+                group = _gloo(store, rank, address, timeout)
             stream = torch.cuda.Stream(on) if on.type == "cuda" else None
             pair = cls(group=group, device=on, connection=connection, stream=stream)
             try:
@@ -160,7 +167,7 @@ def _gloo(store: Store, rank: int, address: str, timeout: timedelta) -> ProcessG
     return ProcessGroupGloo(store, rank, 2, options)
 
 
-def _nccl(store: Store, rank: int, address: str, timeout: timedelta) -> Any:
+def _nccl(store: Store, rank: int, address: str, timeout: timedelta, channels: int) -> Any:
     """A group whose failures are exceptions of whoever waits.
 
     By default torch watches its groups from threads and ends the process when one fails or its store is gone, for the
@@ -170,7 +177,7 @@ def _nccl(store: Store, rank: int, address: str, timeout: timedelta) -> Any:
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    options.config.max_ctas = CHANNELS
+    options.config.max_ctas = channels
     for variable, name in network.interfaces(address).items():
         os.environ.setdefault(variable, name)
     with _unwatched():

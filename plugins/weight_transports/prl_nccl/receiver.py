@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from prl_nccl import NcclConfig
-from prl_nccl.pair import RECEIVER, Pair, device_here, name_of
+from prl_nccl.pair import CHANNELS, RECEIVER, Pair, device_here, name_of
 
 THREADS = 16
 """Groups that are made at a time."""
@@ -76,6 +76,22 @@ class Link:
 
 
 @attrs.frozen(eq=False)
+class Fetch:
+    """One version on its way."""
+
+    version: int
+    deadline: float
+    """Of `time.monotonic`."""
+    device: torch.device = attrs.field(factory=device_here)
+    channels: int = CHANNELS
+    """Of NCCL, for each group that has to be made."""
+
+    @property
+    def what(self) -> str:
+        return f"weights of version {self.version}"
+
+
+@attrs.frozen(eq=False)
 class NcclReceiver:
     """One worker of an engine."""
 
@@ -92,13 +108,13 @@ class NcclReceiver:
         Raises:
             InfrastructureError: a rank is gone, has the version no more, or its bytes are not those that were sent.
         """
-        what = f"weights of version {manifest.version}"
-        deadline = time.monotonic() + self.config.patience(manifest.nbytes)
         coming = [(part.location, _lots(part)) for part in manifest.parts if part.tensors]
+        deadline = time.monotonic() + self.config.patience(manifest.nbytes)
+        fetch = Fetch(manifest.version, deadline, channels=max(1, CHANNELS // max(1, len(coming))))
         links: list[Link] = []
         try:
-            self._begin(coming, links, manifest.version, deadline, what)
-            yield from _arriving([(link, lots) for link, (_, lots) in zip(links, coming, strict=True)], deadline, what)
+            self._begin(coming, links, fetch)
+            yield from _arriving([(link, lots) for link, (_, lots) in zip(links, coming, strict=True)], fetch)
         except BaseException:  # also where whoever fetches does not go on
             for link in links:
                 link.close()
@@ -108,49 +124,50 @@ class NcclReceiver:
         for location in self._links.keys() - {part.location for part in manifest.parts}:
             self._links.pop(location).close()
 
-    def _begin(
-        self, coming: Sequence[tuple[str, Sequence[Lot]]], links: list[Link], version: int, deadline: float, what: str
-    ) -> None:
+    def _begin(self, coming: Sequence[tuple[str, Sequence[Lot]]], links: list[Link], fetch: Fetch) -> None:
         """Ask every rank for these lots, all at once; `links` are those that were made, also when another is not."""
-        device = device_here()
         with ThreadPoolExecutor(THREADS) as pool:
-            asked = [pool.submit(self._ask, *rank, version, device, deadline, what) for rank in coming]
+            asked = [pool.submit(self._ask, *rank, fetch) for rank in coming]
         failed = [future.exception() for future in asked]
         links += [future.result() for future, error in zip(asked, failed, strict=True) if error is None]
         if (error := next(filter(None, failed), None)) is not None:
             raise error
 
-    def _ask(
-        self, location: str, lots: Sequence[Lot], version: int, device: torch.device, deadline: float, what: str
-    ) -> Link:
+    def _ask(self, location: str, lots: Sequence[Lot], fetch: Fetch) -> Link:
         """The link through which they come; where one was kept that stands no more, it is made anew."""
-        with _naming(what, location):
+        with _naming(fetch.what, location):
             answer = None
             if (link := self._links.pop(location, None)) is not None:
                 try:
-                    answer = link.ask(version, lots, deadline)
+                    answer = link.ask(fetch.version, lots, fetch.deadline)
                 except (OSError, ValueError):
                     link.close()
             if link is None or answer is None:
-                link = self._connected(location, device, deadline, what)
-                answer = link.ask(version, lots, deadline)
+                link = self._connected(location, fetch)
+                answer = link.ask(fetch.version, lots, fetch.deadline)
             if "error" in answer:
                 link.close()
-                raise InfrastructureError(f"{what}: {answer['error']}")
+                raise InfrastructureError(f"{fetch.what}: {answer['error']}")
             return link
 
-    def _connected(self, location: str, device: torch.device, deadline: float, what: str) -> Link:
-        seconds = _left(deadline)
-        connection = socket.create_connection(_address(location, what), timeout=seconds)
+    def _connected(self, location: str, fetch: Fetch) -> Link:
+        connection = socket.create_connection(_address(location, fetch.what), timeout=_left(fetch.deadline))
         lines = connection.makefile("rb")
+        hello = {"token": self.token, "device": name_of(fetch.device), "channels": fetch.channels}
         try:
-            answer = _asked(connection, lines, {"token": self.token, "device": name_of(device)}, deadline)
+            answer = _asked(connection, lines, hello, fetch.deadline)
             if "error" in answer:
-                raise InfrastructureError(f"{what}: {answer['error']}")
-            there = connection.getpeername()[0]
-            store = TCPStore(there, int(answer["port"]), is_master=False, timeout=timedelta(seconds=seconds))
-            seconds = _left(deadline)
-            pair = Pair.join(answer["backend"], RECEIVER, store, connection=connection, device=device, seconds=seconds)
+                raise InfrastructureError(f"{fetch.what}: {answer['error']}")
+            there, patience = connection.getpeername()[0], timedelta(seconds=_left(fetch.deadline))
+            pair = Pair.join(
+                answer["backend"],
+                RECEIVER,
+                TCPStore(there, int(answer["port"]), is_master=False, timeout=patience),
+                connection=connection,
+                device=fetch.device,
+                channels=fetch.channels,
+                seconds=_left(fetch.deadline),
+            )
         except BaseException:
             lines.close()
             connection.close()
@@ -181,7 +198,7 @@ def _lots(part: WeightPart) -> list[Lot]:
     return [Lot(records) for records in lots]
 
 
-def _arriving(coming: Sequence[tuple[Link, Sequence[Lot]]], deadline: float, what: str) -> Iterator[tuple[str, Tensor]]:
+def _arriving(coming: Sequence[tuple[Link, Sequence[Lot]]], fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
     """From all ranks in turn, a window ahead of what is verified."""
     turns = zip_longest(*([(link, lot) for lot in lots] for link, lots in coming))
     ahead: deque[tuple[Link, Lot, Tensor, list[Any]]] = deque()
@@ -189,26 +206,24 @@ def _arriving(coming: Sequence[tuple[Link, Sequence[Lot]]], deadline: float, wha
     for link, lot in filter(None, chain.from_iterable(turns)):
         while ahead and nbytes + lot.end - lot.start > WINDOW:
             nbytes -= len(ahead[0][2])
-            yield from _landed(*ahead.popleft(), deadline, what)
-        with _naming(what, link.location):
+            yield from _landed(*ahead.popleft(), fetch)
+        with _naming(fetch.what, link.location):
             ahead.append((link, lot, *link.pair.post(lot.start, lot.end)))
         nbytes += lot.end - lot.start
     while ahead:
-        yield from _landed(*ahead.popleft(), deadline, what)
+        yield from _landed(*ahead.popleft(), fetch)
 
 
-def _landed(
-    link: Link, lot: Lot, content: Tensor, works: list[Any], deadline: float, what: str
-) -> Iterator[tuple[str, Tensor]]:
-    with _naming(what, link.location):
+def _landed(link: Link, lot: Lot, content: Tensor, works: list[Any], fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
+    with _naming(fetch.what, link.location):
         for work in works:
-            link.pair.wait(work, deadline)
+            link.pair.wait(work, fetch.deadline)
     if content.is_cuda:
         with link.pair.on_stream():
-            tensors = list(verified_on_device(content, lot.records, what=what, start=lot.start))
+            tensors = list(verified_on_device(content, lot.records, what=fetch.what, start=lot.start))
         yield from tensors
     else:
-        yield from verified(content.numpy().data, lot.records, what=what, start=lot.start)
+        yield from verified(content.numpy().data, lot.records, what=fetch.what, start=lot.start)
 
 
 @contextmanager

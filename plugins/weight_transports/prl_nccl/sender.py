@@ -1,6 +1,6 @@
 """Trainer side: a rank keeps its part of the newest versions in host memory and sends what it is asked for.
 
-    engine's worker ── token, device ──► this rank's socket
+    engine's worker ── token, device, channels ──► this rank's socket
                     ◄── port of a store, backend ──
                     ══ process group of the two ══
     for each version:
@@ -39,7 +39,7 @@ from prl.weights.host_memory import HostMemory, cells, hold
 from torch import Tensor
 
 from prl_nccl import NcclConfig
-from prl_nccl.pair import SENDER, Pair, backend_for, device_here, name_of
+from prl_nccl.pair import CHANNELS, SENDER, Pair, backend_for, device_here, name_of
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,16 @@ class NcclSender:
         seconds = self._patience(0)
         port, store = kept_store(self._address, timedelta(seconds=seconds))
         answer({"port": port, "backend": backend})
-        return Pair.join(backend, SENDER, store, connection=connection, device=self._device, seconds=seconds)
+        channels = min(max(1, int(hello["channels"])), CHANNELS)
+        return Pair.join(
+            backend,
+            SENDER,
+            store,
+            connection=connection,
+            device=self._device,
+            channels=channels,
+            seconds=seconds,
+        )
 
     def serve(self, pair: Pair, ask: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         """Send what is asked for, or say why not; RuntimeError when the other side is lost."""
