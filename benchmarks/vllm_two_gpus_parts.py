@@ -316,8 +316,6 @@ def deepep(job: Job) -> None:
             "engine.length=2048",
             f'engine.parallel.all_to_all="{way}"',
             "model.hidden_size=2048",  # the least that the kernels of low latency know
-            'engine.environment.EP_DISABLE_GIN="1"',  # one host, without a network
-            'engine.environment.EP_REUSE_NCCL_COMM="0"',  # vLLM has not made the one that would be used
             'engine.environment.NVSHMEM_QP_DEPTH="4096"',
         )
         for way in ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2", "deepep_low_latency")

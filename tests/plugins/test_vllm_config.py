@@ -17,7 +17,7 @@ from prl.run_dir import RunDir
 from prl_vllm import release, rules, spanning
 from prl_vllm.api import KEPT_SECONDS
 from prl_vllm.arguments import arguments, command_line, environment
-from prl_vllm.config import VllmConfig
+from prl_vllm.config import Parallel, VllmConfig
 from prl_vllm.spanning import Meeting
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +112,24 @@ def test_what_the_cpu_backend_lacks_is_not_asked_of_it() -> None:
     assert chosen(Served(latent=True, dtype="bfloat16"), cpu=True) == (None, True)
     assert chosen(Served(recurrent=True), cpu=True) == (None, False)
     assert chosen(Served(latent=True, recurrent=True), cpu=False) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        (Parallel(experts=True, data=2, all_to_all="deepep_high_throughput"), {}),
+        (
+            Parallel(experts=True, data=2, all_to_all="deepep_v2"),
+            {"EP_REUSE_NCCL_COMM": "0", "EP_DISABLE_GIN": "1"},
+        ),
+        (Parallel(experts=True, data=2, nodes=2, all_to_all="deepep_v2"), {"EP_REUSE_NCCL_COMM": "0"}),
+    ],
+)
+def test_deepep_needs_no_network_on_one_node_and_a_communicator_of_its_own(
+    parallel: Parallel, expected: dict[str, str]
+) -> None:
+    set_for_it = environment(VllmConfig(parallel=parallel), cpu=False)
+    assert {key: value for key, value in set_for_it.items() if key.startswith("EP_")} == expected
 
 
 def test_the_environment_of_the_config_comes_last() -> None:

@@ -1,4 +1,4 @@
-"""Every mend of vLLM's CPU backend is needed, and helps. `vllm_cases.py` runs them."""
+"""Every mend of vLLM's CPU backend is needed, and helps; so is `inside/unfinished.py`. `vllm_cases.py` runs them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ WITHOUT = {
     "tiers": "Exception: CPU Offloading is currently only supported",
     "processors": 0.5,
     "progress": 0.5,
+    "half_computed_prompt": 0.1,
+    "recomputed_beside_a_kept_prompt": "RuntimeError: Failed to reset KV cache",
 }
 """What happens without each: at least so large a deviation, or an end that begins with these words."""
 
@@ -43,7 +45,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool],
 
 
 def test_every_mend_has_a_case() -> None:
-    assert {mend.name for mend in mends.MENDS} == set(WITHOUT)
+    assert {mend.name for mend in mends.MENDS} < set(WITHOUT)
 
 
 @pytest.mark.parametrize("name", WITHOUT)

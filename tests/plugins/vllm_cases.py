@@ -1,4 +1,5 @@
-"""Each mend of vLLM's CPU backend, with it and without it: a program, because a mend that is missing may end a process.
+"""Each mend of vLLM's CPU backend, and what is done for unfinished requests, with it and without it: a program, because
+a mend that is missing may end a process.
 
     python -m tests.plugins.vllm_cases FOLDER       one line of JSON for each case: [mend, applied, outcome]
 
@@ -34,7 +35,8 @@ from prl.blocks.decoder import Decoder
 from prl.blocks.linear import linear
 from prl.compose.compose import Composition, compose
 from prl_vllm import model_files
-from prl_vllm.inside import mends
+from prl_vllm.handover import TO_BE_FETCHED
+from prl_vllm.inside import mends, unfinished
 from prl_vllm.inside.loading import Loader
 
 from tests.plugins.parity import randomise
@@ -80,18 +82,30 @@ class Model:
     def sampled(self, seed: int | None = None) -> list[int]:
         return self._generate(seed).token_ids  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def deviation(self) -> float:
         """Largest difference of the log-probabilities of greedy tokens from the trainer's."""
-        output = self._generate(None)
-        tokens = torch.tensor([*PROMPT, *output.token_ids])
+        return self.gap(PROMPT, self._generate(None))
+
+    @torch.no_grad()
+    def gap(self, prompt: list[int], output: Any, *, since: int = 0) -> float:
+        """The same of an output, from one of its tokens on."""
+        tokens = torch.tensor([*prompt, *output.token_ids])
         hidden = self.trainer.hidden(tokens, Context.packed(torch.tensor([0, len(tokens)])))
-        rows = linear(hidden, self.trainer.head()).log_softmax(1)[len(PROMPT) - 1 : -1]
-        own = rows.gather(1, tokens[len(PROMPT) :, None])[:, 0]
+        rows = linear(hidden, self.trainer.head()).log_softmax(1)[len(prompt) - 1 : -1]
+        own = rows.gather(1, tokens[len(prompt) :, None])[:, 0]
         theirs = torch.tensor(
             [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
         )
-        return float((own - theirs).abs().max())
+        return float((own - theirs).abs()[since:].max())
+
+    def ask(self, name: str, count: int, **extra: Any) -> None:
+        """A request of 40 tokens, computed as the engine is stepped."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=count, logprobs=0, ignore_eos=True, detokenize=False, extra_args=extra
+        )
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": PROMPT * 5}, params)
 
     def _generate(self, seed: int | None) -> Any:
         from vllm import SamplingParams
@@ -217,14 +231,52 @@ def _runs(task: str) -> bool:
     return Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()[0] == "R"
 
 
-def _beside_nixl(folder: Path) -> Model:
+def _beside_nixl(folder: Path, **options: Any) -> Model:
     from vllm.config import KVTransferConfig
 
     with socket.socket() as found:
         found.bind(("", 0))
         os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(found.getsockname()[1])
     nixl = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", kv_buffer_device="cpu")
-    return Model(folder, "model.layers=1", kv_transfer_config=nixl)
+    return Model(folder, "model.layers=1", kv_transfer_config=nixl, **options)
+
+
+# --- unfinished requests when weights change --------------------------------------------------------------------------
+def half_computed_prompt(folder: Path) -> float:
+    """As a prompt in whose middle weights change is to be: computed by the new ones."""
+    model = Model(folder, "model.layers=1", block_size=32, max_num_batched_tokens=16)
+    model.load(seed=1)
+    model.ask("half", 6)
+    model.llm.llm_engine.step()  # 16 of its 40 tokens
+    return _after_update(model, "half", clear_cache=False)
+
+
+def recomputed_beside_a_kept_prompt(folder: Path) -> float:
+    """What is under way is computed again, while another server may read a prompt."""
+    model = _beside_nixl(folder, block_size=32)
+    model.load(seed=1)
+    model.ask("kept", 1, kv_transfer_params=dict(TO_BE_FETCHED))
+    model.ask("running", 12)
+    for _ in range(4):
+        model.llm.llm_engine.step()
+    return _after_update(model, "running", clear_cache=True)
+
+
+def _after_update(model: Model, name: str, *, clear_cache: bool) -> float:
+    """Largest deviation of what is sampled after an update from the trainer's."""
+    engine = model.llm.llm_engine
+    core = engine.engine_core.engine_core
+    before = len(
+        core.scheduler.requests[next(r for r in core.scheduler.requests if r.startswith(name))].output_token_ids
+    )
+    core.pause_scheduler("keep", clear_cache=clear_cache)
+    model.load(seed=2)
+    core.set_weight_version("2")
+    core.resume_scheduler()
+    answer = None
+    while answer is None or not answer.finished:
+        answer = next((output for output in engine.step() if output.request_id == name), answer)
+    return model.gap(PROMPT * 5, answer.outputs[0], since=before)
 
 
 CASES: dict[str, Callable[[Path], float]] = {
@@ -238,6 +290,8 @@ CASES: dict[str, Callable[[Path], float]] = {
         tiers,
         processors,
         progress,
+        half_computed_prompt,
+        recomputed_beside_a_kept_prompt,
     )
 }
 
@@ -248,6 +302,8 @@ def forked(case: Callable[[Path], float], folder: Path, *, applied: bool) -> flo
     if (child := os.fork()) == 0:
         try:
             mends.apply(without=frozenset() if applied else frozenset({case.__name__}))
+            if applied:
+                unfinished.install()
             outcome: float | str = case(folder)
         except BaseException as error:
             traceback.print_exc()

@@ -146,6 +146,7 @@ def environment(
         **({"VLLM_USE_DEEP_GEMM": str(int(config.fp8.deep_gemm))} if config.fp8.weights else {}),
         **({ROUTES: "1"} if routes else {}),
         **({TIERS: "1"} if config.kv_tiers.host_bytes else {}),
+        **_deepep(config.parallel),
         **(
             {
                 HANDOVER: "1",
@@ -157,6 +158,13 @@ def environment(
         ),
         **config.environment,
     }
+
+
+def _deepep(parallel: Parallel) -> dict[str, str]:
+    """What version 2 needs: a communicator of its own, for vLLM has made none yet, and on one node no network."""
+    if parallel.all_to_all != "deepep_v2":
+        return {}
+    return {"EP_REUSE_NCCL_COMM": "0", **({"EP_DISABLE_GIN": "1"} if parallel.nodes == 1 else {})}
 
 
 def on_cpu(run: Run) -> bool:
