@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 
-def share_of_a(completion: str) -> float:
+async def share_of_a(completion: str) -> float:
+    """Where an async function runs is the event loop: a thread would cost more than counting letters does."""
     return completion.count("a") / max(1, len(completion))
