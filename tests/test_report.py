@@ -310,7 +310,7 @@ def test_a_run_whose_processes_are_gone_is_called_killed(run_dir: RunDir) -> Non
 
 
 def test_the_command_refuses_what_is_no_run_and_a_place_it_cannot_write_to(run_dir: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no run\.toml"):
+    with pytest.raises(UserError, match="is a folder of runs: name one of words-1"):
         report.run(arguments(str(tmp_path)))
     with pytest.raises(UserError, match="cannot write the report"):
         report.run(arguments(str(run_dir.path), "--output", str(tmp_path / "nowhere" / "x.html")))
