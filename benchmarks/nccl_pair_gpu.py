@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,13 +24,13 @@ import torch
 from prl.compose.compose import compose, create_run
 from prl.errors import InfrastructureError
 from prl.run_dir import RunDir
-from prl.supervise.devices import VISIBLE
 from prl_local.devices import found
 from prl_nccl import NcclConfig
 from prl_nccl.receiver import receive
 from prl_nccl.sender import send
 from torch import Tensor
 
+from benchmarks.sides import Side, say
 from benchmarks.vllm_gpu import ROOT
 
 CONFIG = NcclConfig(deadline=10.0)
@@ -51,7 +49,7 @@ def rank(run: Path, megabytes: int) -> None:
     sender = send(CONFIG, run, 0)
     (run / "manifest").write_bytes(pickle.dumps(sender.send(0, tensors(megabytes))))
     for _ in _asked():
-        _say(alive=True)
+        say(alive=True)
 
 
 def worker(run: Path, megabytes: int) -> None:
@@ -64,75 +62,49 @@ def worker(run: Path, megabytes: int) -> None:
         started = time.perf_counter()
         try:
             content = dict(receiver.fetch(manifest))
-            _say(seconds=time.perf_counter() - started, tensors=len(content), bytes=manifest.nbytes)
+            say(seconds=time.perf_counter() - started, tensors=len(content), bytes=manifest.nbytes)
         except InfrastructureError as error:
-            _say(seconds=time.perf_counter() - started, error=str(error)[:300])
+            say(seconds=time.perf_counter() - started, error=str(error)[:300])
 
 
 def _asked() -> Iterator[str]:
-    _say(ready=True)
+    say(ready=True)
     yield from sys.stdin
 
 
-def _say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
-
-
-class Side:
-    """One of the two processes."""
+class Answering(Side):
+    """One of the two processes, ready."""
 
     def __init__(self, side: str, run: Path, megabytes: int, device: str) -> None:
-        words = ["-m", "benchmarks.nccl_pair_gpu", "--out", str(run), "--mb", str(megabytes), "--side", side]
-        self._process = subprocess.Popen(
-            [sys.executable, *words],
-            env={**os.environ, **({VISIBLE: device} if device else {})},
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        words = ["benchmarks.nccl_pair_gpu", "--out", str(run), "--mb", str(megabytes), "--side", side]
+        super().__init__(words, device)
         self.heard()
 
     def ask(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-
-    def heard(self) -> dict[str, Any]:
-        """What it says next; that it ended."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                said: dict[str, Any] = json.loads(line)
-                return said
-        return {"ended": self._process.wait()}
+        self.tell("go")
 
     def answer(self) -> dict[str, Any]:
         self.ask()
         return self.heard()
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
 
 def measure(run: Path, megabytes: int) -> dict[str, Any]:
     first, second = ((*found(), "", "")[:2]) if len(found()) != 1 else (found()[0], found()[0])
-    trainer = Side("rank", run, megabytes, first)
-    engine = Side("worker", run, megabytes, second)
+    trainer = Answering("rank", run, megabytes, first)
+    engine = Answering("worker", run, megabytes, second)
     rounds = [engine.answer() for _ in range(ROUNDS)]
     middle = 0.5 * statistics.median(one["seconds"] for one in rounds[1:])
     engine.ask()
     time.sleep(middle)
-    engine.kill()
+    engine.end()
     figures: dict[str, Any] = {"rounds": rounds, "after_the_worker_was_killed": [trainer.answer()]}
-    engine = Side("worker", run, megabytes, second)
+    engine = Answering("worker", run, megabytes, second)
     figures["after_the_worker_was_killed"].append(engine.answer())
     engine.ask()
     time.sleep(middle)
-    trainer.kill()
+    trainer.end()
     figures["after_the_rank_was_killed"] = [engine.heard(), engine.answer()]
-    engine.kill()
+    engine.end()
     return figures
 
 

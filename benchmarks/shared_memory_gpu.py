@@ -22,7 +22,7 @@ from prl.compose.compose import compose, create_run
 from prl_local.devices import found
 
 from benchmarks.vllm_gpu import ROOT
-from benchmarks.weight_transports_gpu import GIGABYTES, Report, Side
+from benchmarks.weight_transports_gpu import GIGABYTES, Asked, Report
 
 HOST, DEVICE = "shared_memory", "shared_memory, device"
 
@@ -32,7 +32,7 @@ class Pair:
 
     def __init__(self, run: Path, gigabytes: float, devices: tuple[str, str]) -> None:
         self._rank = run, gigabytes, devices[0]
-        self.rank, self.worker = Side("rank", run, gigabytes, devices[0]), Side("worker", run, gigabytes, devices[1])
+        self.rank, self.worker = Asked("rank", run, gigabytes, devices[0]), Asked("worker", run, gigabytes, devices[1])
         for side in (self.rank, self.worker):
             side.heard()
 
@@ -50,7 +50,7 @@ class Pair:
     def another_rank(self) -> None:
         self.rank.end()
         run, gigabytes, device = self._rank
-        self.rank = Side("rank", run, gigabytes, device)
+        self.rank = Asked("rank", run, gigabytes, device)
         self.rank.heard()
 
     def killed_within(self, seconds: float, version: int) -> dict[str, Any]:

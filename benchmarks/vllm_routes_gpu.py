@@ -125,13 +125,7 @@ def main() -> int:
     report = Report(folder / "routes.json")
     sizes = TOY if options.toy else GPU
     job = Job(name="routes", folder=folder, sizes=sizes, invariant=False, report=report, background=Background())
-    try:
-        routes(job, len(found()))
-    except Exception as error:
-        traceback.print_exc()
-        report.add(error=f"{type(error).__name__}: {error}"[:1500])
-        return 1
-    return 0
+    return report.exit_code(lambda: routes(job, len(found())))
 
 
 if __name__ == "__main__":

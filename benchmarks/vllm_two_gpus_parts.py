@@ -135,6 +135,16 @@ class Report:
         self._path.write_text(json.dumps(self._found, indent=1) + "\n")
         print(json.dumps(found)[:2000], flush=True)
 
+    def exit_code(self, part: Callable[[], object]) -> int:
+        """Of a process that does this alone; what it failed of is in the file."""
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            self.add(error=f"{type(error).__name__}: {error}"[:1500])
+            return 1
+        return 0
+
 
 @attrs.frozen(kw_only=True)
 class Job:
@@ -472,13 +482,7 @@ def main() -> int:
         background=Background(),
         only=tuple(filter(None, options.layouts.split(";"))),
     )
-    try:
-        PARTS[options.part](job)
-    except Exception as error:
-        traceback.print_exc()
-        report.add(error=f"{type(error).__name__}: {error}"[:1500])
-        return 1
-    return 0
+    return report.exit_code(lambda: PARTS[options.part](job))
 
 
 if __name__ == "__main__":

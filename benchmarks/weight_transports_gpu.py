@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
-import subprocess
 import sys
 import time
 import traceback
@@ -32,7 +30,6 @@ import torch
 from prl.compose.compose import compose, create_run
 from prl.compose.config import WeightTransportConfig
 from prl.providers import WeightReceiver, WeightSender
-from prl.supervise.devices import VISIBLE
 from prl.types import Manifest
 from prl.weights import crc
 from prl.weights.host_memory import HostMemory
@@ -44,6 +41,7 @@ from prl_shared_memory import SharedMemoryConfig, segments
 from prl_vllm.inside.worker import Source, Staged, fetch
 from torch import Tensor
 
+from benchmarks.sides import Side, say
 from benchmarks.vllm_gpu import ROOT
 
 HIDDEN, FEED, EXPERTS, VOCABULARY = 2048, 1024, 32, 151_936
@@ -177,7 +175,7 @@ class Worker:
         for _ in range(2):
             fetch = receiver.Fetch(version, time.monotonic() + 30, channels=channels)
             started = time.perf_counter()
-            lots = receiver._lots(part)
+            lots = receiver.lots_of(part)
             link = made._ask(part.location, lots, fetch)
             joined = time.perf_counter()
             ahead: deque[Any] = deque()
@@ -303,45 +301,19 @@ def serve(side: Rank | Worker) -> None:
             say(error=f"{type(error).__name__}: {error}"[:500])
 
 
-def say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
-
-
-class Side:
+class Asked(Side):
     """One of the two processes."""
 
     def __init__(self, side: str, run: Path, gigabytes: float, device: str) -> None:
-        words = ["-m", "benchmarks.weight_transports_gpu", "--out", str(run), "--gb", str(gigabytes), "--side", side]
-        environment = {**os.environ, **({VISIBLE: device} if device else {})}
-        self._process = subprocess.Popen(
-            [sys.executable, *words],
-            env=environment,
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def heard(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                said: dict[str, Any] = json.loads(line)
-                return said
-        return {"error": f"ended with exit code {self._process.wait()}"}
+        words = ["benchmarks.weight_transports_gpu", "--out", str(run), "--gb", str(gigabytes), "--side", side]
+        super().__init__(words, device)
 
     def begin(self, do: str, **what: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-        self._process.stdin.flush()
+        self.tell(json.dumps({"do": do, **what}))
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         self.begin(do, **what)
         return self.heard()
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 @attrs.frozen
@@ -359,7 +331,7 @@ class Report:
 
 def measure(run: Path, gigabytes: float, report: Report) -> None:
     first, second = (*found(), "", "")[:2] if len(found()) != 1 else (found()[0],) * 2
-    rank, worker = (Side(side, run, gigabytes, device) for side, device in (("rank", first), ("worker", second)))
+    rank, worker = (Asked(side, run, gigabytes, device) for side, device in (("rank", first), ("worker", second)))
     try:
         report.add("physical", physical())  # while the two start
         for side in (rank, worker):
@@ -378,7 +350,7 @@ def measure(run: Path, gigabytes: float, report: Report) -> None:
         worker.end()
 
 
-def updates(rank: Side, worker: Side, transport: str, versions: int, report: Report) -> None:
+def updates(rank: Asked, worker: Asked, transport: str, versions: int, report: Report) -> None:
     """As in a run: when a version is served, the one before it goes."""
     writes = []
     for version in range(versions):
@@ -390,7 +362,7 @@ def updates(rank: Side, worker: Side, transport: str, versions: int, report: Rep
         report.add(f"{transport}/{staging}/{part}", [worker.ask("update", **question) for _ in range(3)])
 
 
-def nccl_parts(worker: Side, version: int, report: Report) -> None:
+def nccl_parts(worker: Asked, version: int, report: Report) -> None:
     report.add("nccl/joins", worker.ask("joins", version=version))
     for channels in (1, 2, 4):
         report.add(f"nccl/parts/{channels} channels", worker.ask("nccl_parts", version=version, channels=channels))

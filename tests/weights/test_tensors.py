@@ -8,9 +8,12 @@ import attrs
 import pytest
 import torch
 from prl.errors import InfrastructureError, RunError
+from prl.types import TensorRecord
 from prl.weights.tensors import (
     LARGE,
+    LOT,
     THREADS,
+    lots,
     read_tensors,
     tensor_bytes,
     write_atomically,
@@ -163,3 +166,18 @@ def test_a_record_that_contradicts_itself_is_refused(tmp_path, changes):
 def test_a_file_that_is_gone(tmp_path):
     with pytest.raises(InfrastructureError, match=r"version 4: .*weights is gone"):
         list(read_tensors(tmp_path / "weights", [], what="version 4"))
+
+
+def test_lots_are_what_lies_side_by_side_in_one_piece_of_memory() -> None:
+    def record(name: str, offset: int, nbytes: int) -> TensorRecord:
+        return TensorRecord(name=name, dtype="uint8", shape=(nbytes,), offset=offset, nbytes=nbytes, checksum=0)
+
+    def named(*records: TensorRecord, starts: tuple[int, ...] = ()) -> list[str]:
+        return ["".join(one.name for one in lot) for lot in lots(records, starts)]
+
+    near = record("b", 64, 10), record("a", 0, 10), record("e", 64, 0), record("c", 128, 64)
+    assert named() == []
+    assert named(*near) == ["aebc"]
+    assert named(*near, record("d", 192 + 64, 10)) == ["aebc", "d"]
+    assert named(*near, starts=(0, 128)) == ["aeb", "c"]
+    assert named(record("a", 0, LOT), record("b", LOT, 1), record("c", LOT + 64, LOT)) == ["a", "b", "c"]

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from prl.blocks import checkpoint as huggingface
 from prl.blocks.form import Form
-from prl.blocks.sharded import full, local, part_of
+from prl.blocks.sharded import full, is_divided, local, part_of
 from prl.blocks.weight_map import stacked_views
 from prl.providers import NumberFormat, WeightMap, WeightSender
 from prl.train.parallel.context import all_gather
@@ -41,8 +41,8 @@ class Shares:
         """(checkpoint name, tensor as it is now) of this rank's share. A collective throughout."""
         loads = [0] * self.ranks
         for name, tensor in self.model.state_dict().items():
-            views = stacked_views(self.weight_map, name, tensor.shape) if isinstance(tensor, DTensor) else None
-            if views is not None and isinstance(tensor, DTensor):
+            views = stacked_views(self.weight_map, name, tensor.shape) if is_divided(tensor) else None
+            if views is not None and is_divided(tensor):
                 stack = _whole_matrices(tensor)
                 part = part_of(stack, rank=self.rank)
                 held, first = local(stack), part.offsets[0]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from prl.blocks.sharded import is_divided
+
 
 @contextmanager
 def at_hand(optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -26,7 +28,7 @@ def at_hand(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; of a divided one this rank's part."""
-    if not isinstance(tensor, DTensor):
+    if not is_divided(tensor):
         return tensor.to(device)
     return DTensor.from_local(
         tensor.to_local().to(device),

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from prl.types import TensorRecord
 from prl.weights import crc
-from prl.weights.tensors import ALIGNMENT, LARGE, THREADS, record_of, tensor_bytes
+from prl.weights.tensors import LARGE, LOT, THREADS, record_of, round_up, tensor_bytes
 
 GRID = 16 << 20
 """Segments begin at multiples of so many bytes, so that a span between two multiples lies in one."""
 SEGMENT = 256 << 20
-LOT = 128 << 20
-"""Bytes that leave a device together; what was computed to be sent is kept until it has left, three lots of it."""
 
 
 @attrs.define(eq=False)
@@ -39,9 +37,9 @@ class HostMemory:
 
     def take(self, nbytes: int) -> tuple[int, Tensor]:
         """Where it begins, and room [nbytes] uint8."""
-        start = _up(self.end, ALIGNMENT)
+        start = round_up(self.end)
         if not self._segments or start + nbytes > self._starts[-1] + len(self._segments[-1]):
-            start = _up(self.end, GRID)
+            start = round_up(self.end, GRID)
             size = max(nbytes, min(SEGMENT, 2 * len(self._segments[-1])) if self._segments else 1 << 20)
             self._segments.append(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
             self._starts.append(start)
@@ -96,13 +94,9 @@ class Landing:
 def cells(start: int, end: int) -> Iterator[tuple[int, int]]:
     """[start, end) in spans that each lie in one segment, whoever holds the memory."""
     while start < end:
-        stop = min(_up(start + 1, GRID), end)
+        stop = min(round_up(start + 1, GRID), end)
         yield start, stop
         start = stop
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def hold(memory: HostMemory, tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
@@ -136,7 +130,10 @@ def _copied(tensor: Tensor, room: Tensor) -> int:
 
 
 class _Leaving:
-    """Tensors of a device that are copied from it, beside whatever it computes next."""
+    """Tensors of a device that are copied from it, beside whatever it computes next.
+
+    What was computed to be sent is kept until it has left, three lots of it.
+    """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import zlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,8 @@ class Output(Protocol):
 Writer: TypeAlias = Callable[[BinaryIO, Iterable[tuple[str, Tensor]]], tuple[TensorRecord, ...]]
 """`write_raw` or `write_safetensors`."""
 ALIGNMENT = 64
+LOT = 128 << 20
+"""Bytes that are brought and verified together."""
 THREADS = min(8, os.cpu_count() or 1)
 """Copies and checksums of large tensors: one thread does about 1 GB/s of both."""
 LARGE = 1 << 18
@@ -56,6 +59,27 @@ SAFETENSORS_DTYPES = {
 }
 
 
+def round_up(number: int, multiple: int = ALIGNMENT) -> int:
+    """The next multiple, or the number itself."""
+    return -(-number // multiple) * multiple
+
+
+def lots(records: Sequence[TensorRecord], starts: Sequence[int] = ()) -> Iterator[list[TensorRecord]]:
+    """Records in the order of their bytes, by what lies side by side but for alignment; at most `LOT` bytes if not one
+    tensor has more. `starts`, ascending: where pieces of the memory begin; no lot is of two."""
+    lot: list[TensorRecord] = []
+    for record in sorted(records, key=lambda record: (record.offset, record.nbytes)):
+        if lot:
+            first, end = lot[0].offset, lot[-1].offset + lot[-1].nbytes
+            apart = record.offset - end >= ALIGNMENT or record.offset + record.nbytes - first > LOT
+            if apart or bisect_right(starts, first) != bisect_right(starts, record.offset):
+                yield lot
+                lot = []
+        lot.append(record)
+    if lot:
+        yield lot
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row-major; no copy for a contiguous tensor on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -70,7 +94,7 @@ def write_raw(file: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> tuple[Te
     end = file.tell()
     with ThreadPoolExecutor(THREADS) as pool:
         for name, tensor in tensors:
-            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            offset = round_up(end)
             end = offset + tensor.nbytes
             arguments = (file.fileno(), offset, name, tensor)
             ahead.append(pool.submit(_write_at, *arguments) if tensor.nbytes >= LARGE else _write_at(*arguments))

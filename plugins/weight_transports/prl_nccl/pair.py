@@ -136,7 +136,7 @@ class Pair:
     def wait(self, work: Any, deadline: float) -> None:
         """RuntimeError at the deadline, or when the group has failed."""
         if self.stream is None:
-            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            work.wait(timedelta(seconds=left(deadline)))
             return
         for poll in itertools.count(1):  # torch would look every millisecond or ten
             if work.is_completed():
@@ -158,6 +158,11 @@ class Pair:
 
     def close(self) -> None:
         self.group.abort()
+
+
+def left(deadline: float) -> float:
+    """Seconds until a deadline of `time.monotonic`, for calls that take none for forever."""
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _gloo(store: Store, rank: int, address: str, timeout: timedelta) -> ProcessGroupGloo:

@@ -23,19 +23,17 @@ import torch
 from prl.errors import InfrastructureError
 from prl.run_dir import RunDir
 from prl.types import Manifest, TensorRecord, WeightPart
-from prl.weights.tensors import ALIGNMENT, verified, verified_on_device
+from prl.weights.tensors import LOT, lots, verified, verified_on_device
 from torch import Tensor
 from torch.distributed import TCPStore
 
 from prl_nccl import NcclConfig
-from prl_nccl.pair import CHANNELS, RECEIVER, Pair, device_here, name_of
+from prl_nccl.pair import CHANNELS, RECEIVER, Pair, device_here, left, name_of
 
 THREADS = 16
 """Groups that are made at a time."""
 LONGEST_ANSWER = 4096
 """Bytes."""
-LOT = 128 << 20
-"""Bytes that are verified together."""
 WINDOW = 3 * LOT
 """Bytes that are waited for at a time, from all ranks."""
 
@@ -53,6 +51,10 @@ class Lot:
     @property
     def end(self) -> int:
         return self.records[-1].offset + self.records[-1].nbytes
+
+
+def lots_of(part: WeightPart) -> list[Lot]:
+    return [Lot(records) for records in lots(part.tensors)]
 
 
 @attrs.frozen(eq=False)
@@ -108,7 +110,7 @@ class NcclReceiver:
         Raises:
             InfrastructureError: a rank is gone, has the version no more, or its bytes are not those that were sent.
         """
-        coming = [(part.location, _lots(part)) for part in manifest.parts if part.tensors]
+        coming = [(part.location, lots_of(part)) for part in manifest.parts if part.tensors]
         deadline = time.monotonic() + self.config.patience(manifest.nbytes)
         fetch = Fetch(manifest.version, deadline, channels=max(1, CHANNELS // max(1, len(coming))))
         links: list[Link] = []
@@ -151,14 +153,14 @@ class NcclReceiver:
             return link
 
     def _connected(self, location: str, fetch: Fetch) -> Link:
-        connection = socket.create_connection(_address(location, fetch.what), timeout=_left(fetch.deadline))
+        connection = socket.create_connection(_address(location, fetch.what), timeout=left(fetch.deadline))
         lines = connection.makefile("rb")
         hello = {"token": self.token, "device": name_of(fetch.device), "channels": fetch.channels}
         try:
             answer = _asked(connection, lines, hello, fetch.deadline)
             if "error" in answer:
                 raise InfrastructureError(f"{fetch.what}: {answer['error']}")
-            there, patience = connection.getpeername()[0], timedelta(seconds=_left(fetch.deadline))
+            there, patience = connection.getpeername()[0], timedelta(seconds=left(fetch.deadline))
             pair = Pair.join(
                 answer["backend"],
                 RECEIVER,
@@ -166,7 +168,7 @@ class NcclReceiver:
                 connection=connection,
                 device=fetch.device,
                 channels=fetch.channels,
-                seconds=_left(fetch.deadline),
+                seconds=left(fetch.deadline),
             )
         except BaseException:
             lines.close()
@@ -182,20 +184,6 @@ class NcclReceiver:
     def close(self) -> None:
         while self._links:
             self._links.popitem()[1].close()
-
-
-def _lots(part: WeightPart) -> list[Lot]:
-    """In the order of their bytes; what lies between two wanted tensors parts them, unless it is only to align."""
-    lots: list[list[TensorRecord]] = []
-    end = nbytes = 0
-    for record in sorted(part.tensors, key=lambda record: record.offset):
-        if not lots or record.offset - end >= ALIGNMENT or nbytes + record.nbytes > LOT:
-            lots.append([])
-            nbytes = 0
-        lots[-1].append(record)
-        nbytes += record.nbytes
-        end = record.offset + record.nbytes
-    return [Lot(records) for records in lots]
 
 
 def _arriving(coming: Sequence[tuple[Link, Sequence[Lot]]], fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
@@ -236,14 +224,10 @@ def _naming(what: str, location: str) -> Iterator[None]:
 
 
 def _asked(connection: socket.socket, lines: Any, question: dict[str, Any], deadline: float) -> dict[str, Any]:
-    connection.settimeout(_left(deadline))
+    connection.settimeout(left(deadline))
     connection.sendall(json.dumps(question).encode() + b"\n")
     answer: dict[str, Any] = json.loads(lines.readline(LONGEST_ANSWER))
     return answer
-
-
-def _left(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 0.001)
 
 
 def _address(location: str, what: str) -> tuple[str, int]:

@@ -25,7 +25,7 @@ import attrs
 from prl.errors import InfrastructureError
 from prl.types import Manifest, TensorRecord
 from prl.weights import crc
-from prl.weights.tensors import ALIGNMENT, record_of, verified_on_device
+from prl.weights.tensors import lots, record_of, round_up, verified_on_device
 from torch import Tensor
 
 from prl_shared_memory.cuda import Segment
@@ -33,8 +33,6 @@ from prl_shared_memory.cuda import Segment
 KEPT = 2
 """One that engines fetch while the next is written."""
 SEGMENT = 256 << 20
-LOT = 128 << 20
-"""Bytes that are copied and verified together."""
 NAME = "prl-device-version-"
 
 
@@ -75,13 +73,13 @@ class Room:
         return tuple(record_of(*one, checksum) for one, checksum in zip(found, checksums, strict=True))
 
     def _take(self, nbytes: int) -> tuple[int, Tensor]:
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        start = round_up(self._used)
         while self._index < len(self.segments) and start + nbytes > len(self.segments[self._index].content):
             self._index, start = self._index + 1, 0
         if self._index == len(self.segments):
             last = len(self.segments[-1].content) if self.segments else 0
             size = max(nbytes, min(SEGMENT, 2 * last), 1 << 20)
-            self.segments.append(self._device.allocate(-(-size // ALIGNMENT) * ALIGNMENT))
+            self.segments.append(self._device.allocate(round_up(size)))
         self._used = start + nbytes
         first = sum(len(segment.content) for segment in self.segments[: self._index])
         return first + start, self.segments[self._index].content[start : self._used]
@@ -135,7 +133,7 @@ def fetch(device: Device, path: Path, records: Sequence[TensorRecord], *, what: 
     handles, starts = _listed(path, what)
     opened: dict[int, int] = {}
     try:
-        for lot in _lots(records, starts):
+        for lot in lots(records, starts):
             index = bisect_right(starts, lot[0].offset) - 1
             start, end = lot[0].offset, lot[-1].offset + lot[-1].nbytes
             if not 0 <= index < len(handles) or end > starts[index + 1]:
@@ -163,18 +161,3 @@ def _listed(path: Path, what: str) -> tuple[list[bytes], list[int]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InfrastructureError(f"{what}: the list of segments in {path} cannot be read: {error}") from error
     return [handle for handle, _ in segments], list(accumulate((nbytes for _, nbytes in segments), initial=0))
-
-
-def _lots(records: Sequence[TensorRecord], starts: Sequence[int]) -> Iterator[list[TensorRecord]]:
-    """In the order of their bytes; side by side, in one segment, and not too many."""
-    lot: list[TensorRecord] = []
-    for record in sorted(records, key=lambda record: (record.offset, record.nbytes)):
-        if lot:
-            first, end = lot[0].offset, lot[-1].offset + lot[-1].nbytes
-            apart = record.offset - end >= ALIGNMENT or record.offset + record.nbytes - first > LOT
-            if apart or bisect_right(starts, first) != bisect_right(starts, record.offset):
-                yield lot
-                lot = []
-        lot.append(record)
-    if lot:
-        yield lot

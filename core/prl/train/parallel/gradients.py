@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from prl.blocks.sharded import full
+from prl.blocks.sharded import full, is_divided
 
 
 def sum_undivided(parameters: Iterable[nn.Parameter]) -> None:
@@ -19,7 +18,7 @@ def sum_undivided(parameters: Iterable[nn.Parameter]) -> None:
     FSDP divides parameters of one dtype; the few of another (decays of Mamba-2 in float32) it leaves alone.
     """
     grads = _gradients(parameters)
-    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not is_divided(grad)]
     if not whole or len(whole) == len(grads):
         return
     summed = torch.cat([grad.float().flatten() for grad in whole])
@@ -34,7 +33,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     for parameter in parameters:
         if parameter.grad is not None:
             grad = parameter.grad
-            held[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(parameter)
+            held[(grad.device_mesh, grad.placements) if is_divided(grad) else None].append(parameter)
     norms = [full(nn.utils.get_total_norm(_gradients(group))) for group in held.values()]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     for group in held.values():

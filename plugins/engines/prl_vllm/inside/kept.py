@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from prl_vllm.inside.connectors import each
 from prl_vllm.inside.mends import wrap
 
 RELEASED = "prl_released"
@@ -28,8 +29,9 @@ def install() -> None:
 
 def _but_kept(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def has_finished_requests(self: Any) -> bool:
-        if not check(self) or self.finished_req_ids or not self.pause_state:
-            return check(self)
+        waits = check(self)
+        if not waits or self.finished_req_ids or not self.pause_state:
+            return waits
         return any(request.is_finished() and not request.kv_transfer_params for request in self.requests.values())
 
     return has_finished_requests
@@ -60,7 +62,7 @@ def _and_released(notified: Callable[[Any], set[str]]) -> Callable[[Any], set[st
 
 def _keeping(connector: Any) -> Iterator[Any]:
     """Workers of the connectors that keep prompts, among one or several."""
-    for one in getattr(connector, "_connectors", [connector]):
+    for one in each(connector):
         worker = getattr(one, "connector_worker", None)
         if hasattr(worker, "_reqs_to_process"):
             yield worker

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from prl_vllm.inside.connectors import each
 from prl_vllm.inside.mends import wrap
 from prl_vllm.release import tells_versions
 
@@ -91,6 +92,4 @@ def _own(scheduler: Any) -> Iterator[Any]:
 
 def _tiers(connector: Any) -> Iterator[Any]:
     """The connectors that have tiers, among one or several."""
-    for one in getattr(connector, "sub_connectors", [connector]):
-        if type(one).__name__ == "OffloadingConnector":
-            yield one
+    return (one for one in each(connector) if type(one).__name__ == "OffloadingConnector")
